@@ -1,0 +1,66 @@
+# make train  set-up and the main job: the MLP GAN on MNIST      make train ARGS="--steps 50" passes flags
+# make test   set-up and all tests                                make test ARGS="-k philox"
+# make build | lint | bench | gpu | clean
+SHELL := /bin/bash
+PYTHON ?= python3
+# The tested default. Another build: make train TORCH="torch==2.12.1 --index-url ..."
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
+ARGS ?=
+PRESET ?= gan
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
+
+.PHONY: train test test-only build lint format bench gpu clean
+.DEFAULT_GOAL := build
+
+# One stamp for each step, so that a second make does nothing. A change of TORCH or PYTHON is seen through the stamp's name.
+STAMPS := .stamps
+ENV := $(STAMPS)/env-$(subst /,_,$(subst :,_,$(firstword $(TORCH))))
+
+$(ENV): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found: install Python 3.10 or newer (Debian: apt-get install python3 python3-venv python3-dev), or pass PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) is $$($(PYTHON) --version), gankern needs Python 3.10 or newer: pass PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) has no venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q $(TORCH)
+	$(PIP) install -q numpy $(TRITON) "setuptools>=77" wheel pybind11 ninja "pillow>=10.1" rich "tyro>=1.0" safetensors tensorboard matplotlib
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/dev: $(ENV)
+	$(PIP) install -q pytest pytest-benchmark pytest-timeout pytest-xdist hypothesis ruff==0.17.6 mypy==2.4.1
+	@touch $@
+
+$(STAMPS)/build: $(ENV) setup.py $(CSRC)
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || echo "make: no C++ compiler was found; going on with plain PyTorch and Triton (Debian: apt-get install g++ python3-dev)" >&2
+	$(PIP) install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+build: $(STAMPS)/build
+
+train: build
+	$(BIN)/gankern-train $(PRESET) $(ARGS)
+
+test: build $(STAMPS)/dev
+	GANKERN_REQUIRE=$$(command -v $${CXX:-c++} >/dev/null && echo compiled,)triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: build $(STAMPS)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMPS)/dev
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+bench: build $(STAMPS)/dev
+	$(BIN)/python -m pytest bench $(ARGS)
+
+# Installs nothing: the python3 there must have torch >= 2.11 with CUDA, triton and pytest.
+gpu:
+	bash bench/gpu.sh
+
+clean:
+	rm -rf build dist *.egg-info .stamps gankern/*.so .pytest_cache .ruff_cache .mypy_cache

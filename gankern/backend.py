@@ -1,0 +1,140 @@
+"""Which backend runs: the only file that looks at environment variables, devices and what is built.
+
+Three names. `reference` is plain PyTorch and runs anywhere. `compiled` is the C++ library (`gankern._C` for the CPU,
+`gankern/_cuda*.so` for CUDA). `triton` needs the triton package and a CUDA device, or TRITON_INTERPRET=1 for CPU tensors.
+The automatic choice is made per op, in the op's own file, beside the measurement that justifies it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+
+NAMES = ("reference", "compiled", "triton")
+_HERE = Path(__file__).parent
+
+
+def _check_name(source: str, name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source}: name must be one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+def _forced_by_environment() -> str | None:
+    name = os.environ.get("GANKERN_BACKEND", "")
+    return None if name in ("", "auto") else _check_name("GANKERN_BACKEND", name)
+
+
+_environment = _forced_by_environment()
+_forced: ContextVar[str | None] = ContextVar("gankern_backend", default=_environment)
+_traced = _environment  # the same for torch.compile, which cannot read a ContextVar but guards on a global
+
+
+def forced() -> str | None:
+    """The name that the user forced, or None: the automatic choice."""
+    return _traced if torch.compiler.is_compiling() else _forced.get()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend for every op called inside the `with` block; a backend that cannot run raises RuntimeError.
+
+    Args:
+        name: "reference", "compiled" or "triton".
+
+    Raises:
+        ValueError: `name` is none of these.
+    """
+    global _traced
+    token, before = _forced.set(_check_name("use_backend", name)), _traced
+    _traced = name
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+        _traced = before
+
+
+# --- what is built -------------------------------------------------------------------------------------------------------
+
+
+def _load_cpu() -> str:
+    """Import gankern._C, which registers the CPU ops. Returns "" on success, else the reason in words."""
+    if importlib.util.find_spec("gankern._C") is None:
+        return "not built (install with a C++17 compiler: make build)"
+    try:
+        import gankern._C  # noqa: F401
+    except ImportError as error:
+        return f"built but broken: {error}"
+    return ""
+
+
+def cuda_library() -> Path | None:
+    """The CUDA library that setup.py built, or None."""
+    return next(iter(sorted(_HERE.glob("_cuda*.so"))), None)
+
+
+def _load_cuda() -> str:
+    path = cuda_library()
+    if path is None:
+        return "not built (needs nvcc and a CUDA build of torch: make build)"
+    if torch.version.cuda is None:
+        return f"built, but torch {torch.__version__} has no CUDA"
+    if CPU_PROBLEM:
+        return f"needs gankern._C, which is {CPU_PROBLEM}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"built but broken: {error}"
+    return ""
+
+
+CPU_PROBLEM = _load_cpu()
+CUDA_PROBLEM = _load_cuda()
+
+
+@functools.cache
+def compiled_problem(device_type: str) -> str:
+    """Why the C++ library cannot run on this device type ("cpu", "cuda" ...), or "" if it can."""
+    problem = {"cpu": CPU_PROBLEM, "cuda": CUDA_PROBLEM}.get(device_type, f"there is no C++ kernel for {device_type} tensors")
+    return f"the C++ library for {device_type} is {problem}" if problem and device_type in ("cpu", "cuda") else problem
+
+
+@functools.cache
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run under Triton's interpreter (TRITON_INTERPRET=1, read when kernels are first imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def triton_problem(device_type: str) -> str:
+    """Why Triton cannot run on this device type, or "" if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if device_type == "cpu" and not triton_interpreted():
+        return "Triton runs on CPU tensors only under its interpreter (set TRITON_INTERPRET=1)"
+    if device_type not in ("cpu", "cuda"):
+        return f"the Triton kernels do not run on {device_type} tensors"
+    return ""
+
+
+def problem(name: str, device_type: str) -> str:
+    """Why backend `name` cannot run on this device type, or "" if it can."""
+    if name == "compiled":
+        return compiled_problem(device_type)
+    return triton_problem(device_type) if name == "triton" else ""
+
+
+def require(op: str, name: str, device_type: str) -> str:
+    """Return `name` if it can run, else raise RuntimeError saying why it cannot: a forced backend never falls back."""
+    why = problem(name, device_type)
+    if why:
+        raise RuntimeError(f"{op}: backend must be able to run on {device_type} tensors, got {name!r}: {why}")
+    return name

@@ -1,0 +1,445 @@
+"""gan_loss: the adversarial loss of the real and the fake half, its gradient, D(x), D(G(z)) and accuracy in one pass.
+
+An objective is a row of OBJECTIVES: which term each half pays. A term is a functor with value, slope and curvature in the logit
+a and its target t, written in TERMS (plain PyTorch), in csrc/math.h (host and device) and in gankern/triton/gan_loss.py.
+The forward kernel already computes the gradient, so the backward pass is one product. Derivatives: any order
+(order 2, which unrolled GANs need, has a kernel of its own; beyond it the plain formulas run).
+
+Kernels, same names and tensors in `torch.ops.gankern` (csrc/gan_loss.*) and `gankern.triton.gan_loss`:
+    gan_loss(a, b | None, n_real, term_real, weight_real, target_real, targets_real | None, term_fake, weight_fake, target_fake,
+             targets_fake | None, reduction) -> loss, stats [3], grad [N]
+    gan_loss_grad2(a, b | None, n_real, <the same eight>, reduction, g, c [N]) -> [N]
+Contiguous. b None: the first n_real entries of a are the real half, the rest the fake half; else a is real and b is fake.
+reduction: 0 none (loss is [N]), 1 mean of each half, then their sum, 2 sum. Everything returned is in the accumulation dtype:
+float64 for float64 logits, else float32. grad is d loss / d logit; stats are mean sigmoid(real), mean sigmoid(fake) and the
+share of logits on the right side of 0, NaN where there is no logit. A half of weight 0 pays nothing. grad2 is
+g * c * curvature, scaled as grad.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from gankern import backend, checks
+from gankern.ops._function import apply
+
+OP = "gan_loss"
+Label = float | Tensor
+
+
+class Term(NamedTuple):
+    """One functor of (logit a, target t); `code` is its number in the kernels."""
+
+    code: int
+    value: Callable[[Tensor, Label], Tensor]
+    slope: Callable[[Tensor, Label], Tensor]
+    curvature: Callable[[Tensor, Label], Tensor]
+
+
+TERMS = {
+    # binary cross entropy of sigmoid(a) against t: (1 - t) softplus(a) + t softplus(-a); nothing overflows or cancels, and autograd
+    # is right at a = 0 too, where relu(a) - t a + log1p(exp(-|a|)) would have the slope -t
+    "bce": Term(
+        code=0,
+        value=lambda a, t: (t - 1) * F.logsigmoid(-a) - t * F.logsigmoid(a),
+        slope=lambda a, t: torch.sigmoid(a) - t,
+        curvature=lambda a, t: torch.sigmoid(a) * torch.sigmoid(-a),
+    ),
+}
+
+
+class Part(NamedTuple):
+    """What one half pays: weight * term(logit, label), the label being the caller's real_label or fake_label."""
+
+    term: str
+    weight: float
+    label: str
+
+
+class Objective(NamedTuple):
+    real: Part
+    fake: Part
+    generator: Part
+
+
+OBJECTIVES = {
+    # Goodfellow et al. 2014, eq. 1 and the remark after it: the generator minimises -log D(G(z))
+    "non-saturating": Objective(real=Part("bce", 1.0, "real"), fake=Part("bce", 1.0, "fake"), generator=Part("bce", 1.0, "real")),
+    # Goodfellow et al. 2014, eq. 1: the generator minimises log(1 - D(G(z)))
+    "minimax": Objective(real=Part("bce", 1.0, "real"), fake=Part("bce", 1.0, "fake"), generator=Part("bce", -1.0, "fake")),
+}
+SIDES = ("discriminator", "generator")
+REDUCTIONS = ("none", "mean", "sum")
+_NOTHING = ("bce", 0.0, 0.0)
+
+
+class GanLoss(NamedTuple):
+    """What `gan_loss` returns: a loss to call backward on, and detached statistics of the same pass."""
+
+    loss: Tensor
+    stats: Tensor
+
+    @property
+    def d_real(self) -> Tensor:
+        """Mean sigmoid of the real logits, D(x); NaN without a real half."""
+        return self.stats[..., 0]
+
+    @property
+    def d_fake(self) -> Tensor:
+        """Mean sigmoid of the fake logits, D(G(z)); NaN without a fake half."""
+        return self.stats[..., 1]
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Share of logits that the critic calls right: real ones > 0, fake ones <= 0."""
+        return self.stats[..., 2]
+
+
+class _Spec(NamedTuple):
+    """What each half pays, with the labels filled in: (term, weight, target) twice, and the reduction's number."""
+
+    real: tuple[str, float, float]
+    fake: tuple[str, float, float]
+    reduction: int
+
+    def arguments(self, real_targets: Tensor | None, fake_targets: Tensor | None) -> tuple[Any, ...]:
+        (r, rw, rt), (f, fw, ft) = self.real, self.fake
+        return TERMS[r].code, rw, rt, real_targets, TERMS[f].code, fw, ft, fake_targets, self.reduction
+
+
+def reference(
+    real: Tensor | None,
+    fake: Tensor | None,
+    objective: str = "non-saturating",
+    side: str = "discriminator",
+    *,
+    n_real: int | None = None,
+    real_label: Label = 1.0,
+    fake_label: Label = 0.0,
+    reduction: str = "mean",
+) -> GanLoss:
+    """The definition, in plain PyTorch."""
+    given = _given(real, fake, n_real)
+    a, b, n_real = _halves(real, fake, n_real)
+    spec, real_targets, fake_targets = _specify(a, given, objective, side, real_label, fake_label, reduction)
+    return GanLoss(*_reference(a, b, n_real, real_targets, fake_targets, spec))
+
+
+def _reference(
+    a: Tensor, b: Tensor | None, n_real: int, real_targets: Tensor | None, fake_targets: Tensor | None, spec: _Spec
+) -> tuple[Tensor, Tensor]:
+    logits = a.flatten() if b is None else torch.cat([a.flatten(), b.flatten()])
+    logits = logits.to(_accumulate(a.dtype))
+    halves, losses = (logits[:n_real], logits[n_real:]), []
+    for half, targets, (term, weight, target) in zip(halves, (real_targets, fake_targets), (spec.real, spec.fake), strict=True):
+        value = weight * TERMS[term].value(half, target if targets is None else targets) if weight else torch.zeros_like(half)
+        losses.append(value.mean() if spec.reduction == 1 and weight else value if spec.reduction == 0 else value.sum())
+    with torch.no_grad():
+        right = torch.cat([halves[0] > 0, halves[1] <= 0]).to(logits.dtype)
+        stats = torch.stack([torch.sigmoid(halves[0]).mean(), torch.sigmoid(halves[1]).mean(), right.mean()])
+    return torch.cat(losses) if spec.reduction == 0 else losses[0] + losses[1], stats
+
+
+def gan_loss(
+    real: Tensor | None,
+    fake: Tensor | None = None,
+    objective: str = "non-saturating",
+    side: str = "discriminator",
+    *,
+    n_real: int | None = None,
+    real_label: Label = 1.0,
+    fake_label: Label = 0.0,
+    reduction: str = "mean",
+) -> GanLoss:
+    """A GAN objective over the critic's raw scores (logits) of real and fake samples.
+
+    With sp = softplus, a_r and a_f the logits, and labels 1 and 0:
+        discriminator: mean sp(-a_r) + mean sp(a_f); 2 log 2 when D cannot tell them apart.
+        generator, "non-saturating": mean sp(-a_f); log 2 there. "minimax": -mean sp(a_f); -log 2 there.
+
+    Stable for any finite logit; computed in float32 for 16-bit logits. Differentiable to any order in the logits.
+
+    Args:
+        real: logits of real samples, any shape (each element is one logit), or None: that half then pays nothing.
+        fake: logits of generated samples, any shape; same dtype and device; or None (on the discriminator's side), likewise.
+        objective: "non-saturating" or "minimax".
+        side: "discriminator" or "generator"; on the generator's side the real half, if given, only enters the statistics.
+        n_real: give it to pass both halves as ONE vector of logits, as one pass through the critic makes them:
+            `gan_loss(logits, n_real=64)`; the first n_real elements are the real half.
+        real_label: target of real samples (0.9: one-sided label smoothing), a number or a tensor with one value a logit.
+            The non-saturating generator's target too.
+        fake_label: target of fake samples, likewise.
+        reduction: "mean" (of each half, then their sum), "sum", or "none": one loss a logit, real ones first, [N].
+
+    Returns:
+        GanLoss with `loss` (float64 for float64 logits, else float32) and detached `d_real`, `d_fake`, `accuracy`.
+
+    Raises:
+        ValueError: a shape, device, name or number that does not fit.
+        TypeError: a dtype that is not supported or differs.
+        RuntimeError: a backend was forced that cannot run here.
+
+    Source: Goodfellow et al., "Generative adversarial nets", NeurIPS 2014, eq. 1; Salimans et al., "Improved techniques for
+    training GANs", NeurIPS 2016, section 3.4 (label smoothing).
+    """
+    _check(real, fake, objective, side, n_real, real_label, fake_label, reduction)
+    given = _given(real, fake, n_real)
+    a, b, n_real = _halves(real, fake, n_real)
+    spec, real_targets, fake_targets = _specify(a, given, objective, side, real_label, fake_label, reduction)
+    fake_name = "fake" if side == "discriminator" else OBJECTIVES[objective].generator.label
+    _check_targets(a, b, n_real, real_targets, fake_targets, f"{fake_name}_label")
+    name = backend.forced()
+    name = _choose(a) if name is None else backend.require(OP, name, a.device.type)
+    if name == "reference":
+        return GanLoss(*_reference(a, b, n_real, real_targets, fake_targets, spec))
+    loss, stats, _ = apply(_Loss, a, b, n_real, real_targets, fake_targets, spec, name)
+    return GanLoss(loss, stats)
+
+
+def _choose(a: Tensor) -> str:
+    """The automatic choice (see the measured rows)."""
+    return "reference"
+
+
+def _halves(real: Tensor | None, fake: Tensor | None, n_real: int | None) -> tuple[Tensor, Tensor | None, int]:
+    """(a, b, n_real) as the kernels take them."""
+    if n_real is not None:
+        assert real is not None
+        return real, None, n_real
+    if real is None or fake is None:
+        only = fake if real is None else real
+        assert only is not None
+        return only, None, 0 if real is None else only.numel()
+    return real, fake, real.numel()
+
+
+def _given(real: Tensor | None, fake: Tensor | None, n_real: int | None) -> tuple[bool, bool]:
+    """Which halves the caller gave; one that is not given pays nothing (one that is given and empty has the mean NaN)."""
+    return real is not None, fake is not None or n_real is not None
+
+
+def _specify(
+    a: Tensor, given: tuple[bool, bool], objective: str, side: str, real_label: Label, fake_label: Label, reduction: str
+) -> tuple[_Spec, Tensor | None, Tensor | None]:
+    row = OBJECTIVES[objective]
+    parts = (row.real, row.fake) if side == "discriminator" else (None, row.generator)
+    specs: list[tuple[str, float, float]] = []
+    targets: list[Tensor | None] = []
+    for part in (part if there else None for part, there in zip(parts, given, strict=True)):
+        label = 0.0 if part is None else real_label if part.label == "real" else fake_label
+        is_tensor = isinstance(label, Tensor)
+        targets.append(label.to(_accumulate(a.dtype)).flatten().contiguous() if isinstance(label, Tensor) else None)
+        specs.append(_NOTHING if part is None else (part.term, part.weight, 0.0 if is_tensor else float(label)))
+    return _Spec(specs[0], specs[1], REDUCTIONS.index(reduction)), targets[0], targets[1]
+
+
+def _accumulate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check(real: Any, fake: Any, objective: str, side: str, n_real: Any, real_label: Any, fake_label: Any, reduction: str) -> None:
+    if real is None and fake is None:
+        checks.fail(ValueError, OP, "real or fake", "be given", "None for both")
+    for argument, value in (("real", real), ("fake", fake)):
+        if value is not None:
+            checks.tensor(OP, argument, value)
+            checks.floating(OP, argument, value)
+    if real is not None and fake is not None:
+        checks.same_dtype(OP, "fake", fake, real.dtype)
+        checks.same_device(OP, "fake", fake, real.device)
+    checks.one_of(OP, "objective", objective, OBJECTIVES)
+    checks.one_of(OP, "side", side, SIDES)
+    checks.one_of(OP, "reduction", reduction, REDUCTIONS)
+    for argument, value in (("real_label", real_label), ("fake_label", fake_label)):
+        if not isinstance(value, Tensor):
+            checks.number(OP, argument, value, -math.inf)
+    if side == "generator" and fake is None and n_real is None:
+        checks.fail(ValueError, OP, "fake", "be given on the generator's side", None)
+    if n_real is not None:
+        if isinstance(n_real, bool) or not isinstance(n_real, int):
+            checks.fail(TypeError, OP, "n_real", "be an int", type(n_real).__name__)
+        if real is None or fake is not None:
+            checks.fail(ValueError, OP, "n_real", "come with one vector of logits in `real` and no `fake`", n_real)
+        if not 0 <= n_real <= real.numel():
+            checks.fail(ValueError, OP, "n_real", f"be in [0, {real.numel()}], the number of logits", n_real)
+
+
+def _check_targets(
+    a: Tensor, b: Tensor | None, n_real: int, real_targets: Tensor | None, fake_targets: Tensor | None, fake_name: str
+) -> None:
+    n_fake = a.numel() - n_real if b is None else b.numel()
+    for argument, value, count in (("real_label", real_targets, n_real), (fake_name, fake_targets, n_fake)):
+        if value is not None:
+            if value.numel() != count:
+                checks.fail(ValueError, OP, argument, f"have one value for each of {count} logits", value.numel())
+            checks.same_device(OP, argument, value, a.device)
+            if value.requires_grad:
+                checks.fail(ValueError, OP, argument, "not require a gradient", "a tensor that does")
+
+
+@functools.cache
+def _kernels(name: str) -> ModuleType | Any:
+    return torch.ops.gankern if name == "compiled" else importlib.import_module("gankern.triton.gan_loss")
+
+
+class _Loss(Function):
+    """loss, stats and the gradient that the backward pass will hand out."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor | None, n_real: int, rt: Tensor | None, ft: Tensor | None, spec: _Spec, name: str) -> Any:
+        return _kernels(name).gan_loss(a.contiguous(), None if b is None else b.contiguous(), n_real, *spec.arguments(rt, ft))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        a, b, ctx.n_real, rt, ft, ctx.spec, ctx.name = inputs
+        _, stats, grad = output
+        ctx.save_for_backward(a, b, rt, ft, grad)
+        ctx.mark_non_differentiable(stats, grad)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: None, __: None) -> Any:
+        a, b, rt, ft, grad = ctx.saved_tensors
+        if g is None:
+            return (None,) * 7
+        if torch.is_grad_enabled():
+            da, db = apply(_LossGrad, g, a, b, grad, rt, ft, ctx.n_real, ctx.spec, ctx.name)
+        else:
+            da, db = _scatter(g * grad, a, b)
+        return da, db, None, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _one_by_one(_Loss, info, in_dims, args), (0, 0, 0)
+
+
+class _LossGrad(Function):
+    """(g * slope) handed to each logit; differentiable in g and in the logits."""
+
+    @staticmethod
+    def forward(
+        g: Tensor,
+        a: Tensor,
+        b: Tensor | None,
+        grad: Tensor,
+        rt: Tensor | None,
+        ft: Tensor | None,
+        n_real: int,
+        spec: _Spec,
+        name: str,
+    ) -> Any:
+        return _scatter(g * grad, a, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        g, a, b, grad, rt, ft, ctx.n_real, ctx.spec, ctx.name = inputs
+        ctx.save_for_backward(g, a, b, grad, rt, ft)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        da, db = _one_by_one(_LossGrad, info, in_dims, args)
+        return (da, db), (0, None if db is None else 0)
+
+    @staticmethod
+    def backward(ctx: Any, ca: Tensor, cb: Tensor | None) -> Any:
+        g, a, b, grad, rt, ft = ctx.saved_tensors
+        spec, n_real = ctx.spec, ctx.n_real
+        c = ca.flatten() if b is None or cb is None else torch.cat([ca.flatten(), cb.flatten()])
+        c = c.to(grad.dtype)
+        if torch.is_grad_enabled():
+            slope, curvature = _slope_and_curvature(a, b, n_real, rt, ft, spec)
+            dg, d = c * slope, g * c * curvature
+        else:
+            dg = c * grad
+            b_or_none = None if b is None else b.contiguous()
+            d = _kernels(ctx.name).gan_loss_grad2(
+                a.contiguous(), b_or_none, n_real, *spec.arguments(rt, ft), g.contiguous(), c.contiguous()
+            )
+        da, db = _scatter(d, a, b)
+        return dg if spec.reduction == 0 else dg.sum(), da, db, None, None, None, None, None, None
+
+
+def _one_by_one(function: type[Function], info: Any, in_dims: Any, args: Any) -> tuple[Any, ...]:
+    """vmap of a function whose halves are reduced as wholes: a call for each sample, the outputs stacked."""
+    calls = [
+        apply(
+            function,
+            *(arg.select(d, i) if isinstance(arg, Tensor) and d is not None else arg for arg, d in zip(args, in_dims, strict=True)),
+        )
+        for i in range(info.batch_size)
+    ]
+    return tuple(None if outputs[0] is None else torch.stack(outputs) for outputs in zip(*calls, strict=True))
+
+
+def _scatter(d: Tensor, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """One value a logit, back to the shapes and dtype of the logits."""
+    if b is None:
+        return d.reshape(a.shape).to(a.dtype), None
+    n = a.numel()
+    return d[:n].reshape(a.shape).to(a.dtype), d[n:].reshape(b.shape).to(b.dtype)
+
+
+def _slope_and_curvature(
+    a: Tensor, b: Tensor | None, n_real: int, rt: Tensor | None, ft: Tensor | None, spec: _Spec
+) -> tuple[Tensor, Tensor]:
+    """Of each logit, scaled by weight and reduction, as differentiable formulas."""
+    logits = (a.flatten() if b is None else torch.cat([a.flatten(), b.flatten()])).to(_accumulate(a.dtype))
+    slopes, curvatures = [], []
+    for half, targets, (term, weight, target) in zip(
+        (logits[:n_real], logits[n_real:]), (rt, ft), (spec.real, spec.fake), strict=True
+    ):
+        t = target if targets is None else targets
+        scale = weight / max(half.numel(), 1) if spec.reduction == 1 else weight
+        slopes.append(scale * TERMS[term].slope(half, t) if weight else torch.zeros_like(half))
+        curvatures.append(scale * TERMS[term].curvature(half, t) if weight else torch.zeros_like(half))
+    return torch.cat(slopes), torch.cat(curvatures)
+
+
+if not backend.CPU_PROBLEM:
+
+    @torch.library.register_fake("gankern::gan_loss")
+    def _(
+        a: Tensor,
+        b: Tensor | None,
+        n_real: int,
+        term_real: int,
+        weight_real: float,
+        target_real: float,
+        targets_real: Tensor | None,
+        term_fake: int,
+        weight_fake: float,
+        target_fake: float,
+        targets_fake: Tensor | None,
+        reduction: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n, acc = a.numel() + (0 if b is None else b.numel()), _accumulate(a.dtype)
+        return a.new_empty(n if reduction == 0 else (), dtype=acc), a.new_empty(3, dtype=acc), a.new_empty(n, dtype=acc)
+
+    @torch.library.register_fake("gankern::gan_loss_grad2")
+    def _(
+        a: Tensor,
+        b: Tensor | None,
+        n_real: int,
+        term_real: int,
+        weight_real: float,
+        target_real: float,
+        targets_real: Tensor | None,
+        term_fake: int,
+        weight_fake: float,
+        target_fake: float,
+        targets_fake: Tensor | None,
+        reduction: int,
+        g: Tensor,
+        c: Tensor,
+    ) -> Tensor:
+        return torch.empty_like(c)
