@@ -1,0 +1,86 @@
+"""NumPy files, .npz and .npy, as image data; nothing pickled is loaded."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gankern import checks
+from gankern.data.images import OP, ImageData
+
+ARRAY_SUFFIXES = (".npz", ".npy")
+IMAGE_KEYS = {"train": ("x_train", "images", "samples", "x"), "test": ("x_test",)}
+LABEL_KEYS = {"train": ("y_train", "labels", "y"), "test": ("y_test",)}
+CHANNELS = (1, 3)
+
+
+def read_arrays(path: Path, split: str) -> ImageData:
+    """Read images, and labels if there are some; see `load` for keys, layouts and ranges."""
+    try:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            arrays = {path.stem: loaded} if isinstance(loaded, np.ndarray) else loaded
+            only = list(arrays)[:1] if len(arrays) == 1 and split == "train" else []
+            key = next((k for k in (*IMAGE_KEYS[split], *only) if k in arrays), "")
+            label_key = next((k for k in LABEL_KEYS[split] if k in arrays and k != key), "")
+            array, labels = (arrays[k] if k else None for k in (key, label_key))
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        checks.fail(ValueError, OP, "source", "be an intact NumPy file without pickled objects", f"{path}: {error}")
+    if array is None and split == "test":
+        checks.fail(ValueError, OP, "split", "be train for a source that has no test part", split)
+    if array is None:
+        wanted = f"have an array called {', '.join(IMAGE_KEYS[split])}, or only one"
+        checks.fail(ValueError, OP, "source", wanted, f"{', '.join(sorted(arrays)) or 'none'} in {path}")
+    images, note = _images(array)
+    note = f"{key} {list(array.shape)} {note}"
+    if labels is None:
+        return ImageData(images, name=path.stem, note=f"{note}, no labels")
+    target = _labels(labels, label_key, len(images))
+    classes = tuple(map(str, range(int(target.max()) + 1)))
+    return ImageData(images, target, path.stem, classes, note=f"{note}, labels {label_key}")
+
+
+def _images(array: np.ndarray) -> tuple[Tensor, str]:
+    """[N, H, W], [N, H, W, C] or [N, C, H, W] -> [N, C, H, W] uint8 or float32 in [-1, 1], and in words what it was."""
+    shape = array.shape
+    first, last = (array.ndim == 4 and shape[axis] in CHANNELS for axis in (1, 3))
+    if array.ndim != 3 and first == last:
+        got = f"shape {list(shape)}" + (", where both could be C" if first else "")
+        checks.fail(ValueError, OP, "images", "have shape [N, H, W], [N, H, W, C] or [N, C, H, W] with C 1 or 3", got)
+    if array.size == 0:
+        checks.fail(ValueError, OP, "images", "hold at least one pixel of one image", f"shape {list(shape)}")
+    layout = "grey" if array.ndim == 3 else "channels first" if first else "channels last"
+    if array.dtype == np.uint8:
+        images, scale = torch.from_numpy(array), "uint8"
+    elif array.dtype.kind == "f":
+        low, high = float(array.min()), float(array.max())
+        if not (low >= -1.0 and high <= 1.0):  # also NaN
+            checks.fail(
+                ValueError, OP, "images", "be uint8, or floating in [0, 1] or [-1, 1]", f"values in [{low:.4g}, {high:.4g}]"
+            )
+        images, scale = torch.from_numpy(array.astype(np.float32)), f"{array.dtype.name} in [{'0' if low >= 0 else '-1'}, 1]"
+        if low >= 0:
+            images.mul_(2.0).sub_(1.0)
+    else:
+        checks.fail(TypeError, OP, "images", "be uint8 or floating", array.dtype.name)
+    if array.ndim == 3:
+        images = images.unsqueeze(1)
+    elif last:
+        images = images.permute(0, 3, 1, 2)
+    return images.contiguous(), f"{scale}, {layout}"
+
+
+def _labels(array: np.ndarray, key: str, count: int) -> Tensor:
+    """[N] or [N, 1] whole numbers >= 0 -> int64 [N]."""
+    if array.shape not in ((count,), (count, 1)):
+        checks.fail(ValueError, OP, f"labels {key}", f"have shape [{count}], one an image", list(array.shape))
+    if array.dtype.kind not in "iu":
+        checks.fail(TypeError, OP, f"labels {key}", "be whole numbers", array.dtype.name)
+    if array.min() < 0:
+        checks.fail(ValueError, OP, f"labels {key}", "be >= 0", int(array.min()))
+    return torch.from_numpy(array.reshape(count).astype(np.int64))

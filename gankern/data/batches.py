@@ -1,0 +1,117 @@
+"""Batches: the endless, reproducible stream of training batches from an ImageData."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gankern import checks
+from gankern.data.images import OP, ImageData, to_float
+
+RESIDENT_FRACTION = 0.5  # of the GPU memory that is free: a data set up to this size is copied there once
+
+
+class Batches:
+    """Endless batches without replacement: each epoch a new order, its last partial batch dropped.
+
+    The images stay uint8 (or float32) in one place: on `device`, unless that is a GPU without room (RESIDENT_FRACTION); then in
+    host memory, whence each batch is gathered into pinned memory and copied without waiting. Conversion is the last step.
+    The order is drawn on the CPU by the object's own generator, so it is the same on every device.
+
+        batches = Batches(load("mnist"), 64, seed=0, device="cuda")
+        images = next(batches)                       # [64, 1, 28, 28] float32 in [-1, 1]
+        images, labels = batches.with_labels()       # labels [64] int64
+
+    Args:
+        data: the images.
+        batch_size: images a batch, 1 <= batch_size <= len(data).
+        seed: of the orders, >= 0.
+        device: where batches are wanted.
+
+    Raises:
+        ValueError, TypeError: an argument out of range or of another type.
+    """
+
+    def __init__(self, data: ImageData, batch_size: int, *, seed: int = 0, device: torch.device | str = "cpu") -> None:
+        checks.integer(OP, "batch_size", batch_size, 1)
+        checks.integer(OP, "seed", seed, 0)
+        if batch_size > len(data):
+            checks.fail(ValueError, OP, "batch_size", f"be at most the {len(data)} images of {data.name}", batch_size)
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        size = data.images.numel() * data.images.element_size()
+        self.resident = self.device.type != "cuda" or size <= RESIDENT_FRACTION * torch.cuda.mem_get_info(self.device)[0]
+        home = self.device if self.resident else torch.device("cpu")
+        self._shape = data.shape
+        self._pixels = data.images.to(home).flatten(1)  # [N, C * H * W]
+        self._labels = None if data.labels is None else data.labels.to(home)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._start_epoch(0)
+
+    def _start_epoch(self, epoch: int) -> None:
+        self._epoch, self._position = epoch, 0
+        self._epoch_state = self._generator.get_state()
+        self._order = torch.randperm(len(self._pixels), generator=self._generator).to(self._pixels.device)
+
+    def indices(self) -> Tensor:
+        """The next batch as numbers of images: int64 [batch_size], where the data is. Advances the stream."""
+        if self._position + self.batch_size > len(self._order):
+            self._start_epoch(self._epoch + 1)
+        start = self._position
+        self._position += self.batch_size
+        return self._order[start : self._position]
+
+    def images(self, indices: Tensor) -> Tensor:
+        """The images with these numbers (int64 [B], where the data is): [B, C, H, W] float32 in [-1, 1] on `device`."""
+        return to_float(self._gather(self._pixels, indices)).view(-1, *self._shape)
+
+    def labels(self, indices: Tensor) -> Tensor:
+        """Their labels: int64 [B] on `device`.
+
+        Raises:
+            ValueError: the data has none.
+        """
+        if self._labels is None:
+            checks.fail(ValueError, OP, "labels", "be in the data", "none")
+        return self._gather(self._labels, indices)
+
+    def _gather(self, source: Tensor, indices: Tensor) -> Tensor:
+        if self.resident:
+            return source.index_select(0, indices)
+        pinned = torch.empty((len(indices), *source.shape[1:]), dtype=source.dtype, pin_memory=True)
+        return torch.index_select(source, 0, indices, out=pinned).to(self.device, non_blocking=True)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    def __next__(self) -> Tensor:
+        return self.images(self.indices())
+
+    def with_labels(self) -> tuple[Tensor, Tensor]:
+        """The next batch: images [B, C, H, W] float32 in [-1, 1], and labels int64 [B]."""
+        indices = self.indices()
+        return self.images(indices), self.labels(indices)
+
+    @property
+    def epoch(self) -> int:
+        """Epochs begun before this one."""
+        return self._epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands: ints size, epoch and position (images), and the generator's state before this epoch (uint8)."""
+        return {"size": len(self._order), "epoch": self._epoch, "position": self._position, "generator": self._epoch_state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken, whatever the seed and device were.
+
+        Raises:
+            ValueError: a state of a data set of another size.
+        """
+        if state["size"] != len(self._order):
+            checks.fail(ValueError, OP, "state", f"come from a data set of {len(self._order)} images", f"one of {state['size']}")
+        self._generator.set_state(state["generator"].cpu())
+        self._start_epoch(int(state["epoch"]))
+        self._position = int(state["position"])
