@@ -27,12 +27,12 @@ struct Part {
 
 template <typename A>
 struct Sums {
-  A loss = 0, sigmoid = 0, positive = 0;
+  A loss = 0, sigmoid = 0, right = 0;
 };
 
 // Sum of kTile values in a fixed order that the compiler can vectorise.
 template <typename A>
-inline A tile_sum(const A* v) {
+GK_HD A tile_sum(const A* v) {
   A lanes[16];
   for (int k = 0; k < 16; ++k) lanes[k] = v[k];
   for (int64_t i = 16; i < kTile; i += 16)
@@ -44,10 +44,10 @@ inline A tile_sum(const A* v) {
 
 // One chunk of a half: gradient (scaled), losses (null unless reduction is none), sums.
 template <typename T, typename A>
-inline void chunk_pass(const T* a, const A* targets, A target, A weight, A scale, A* grad, A* losses, int64_t n, Sums<A>& sums) {
+GK_HD void chunk_pass(const T* a, const A* targets, A target, A weight, A scale, bool fake, A* grad, A* losses, int64_t n, Sums<A>& sums) {
   for (int64_t first = 0; first < n; first += kTile) {
     const int64_t count = std::min(kTile, n - first);
-    A logit[kTile] = {}, t[kTile], value[kTile], slope[kTile], sig[kTile], positive[kTile];
+    A logit[kTile] = {}, t[kTile], value[kTile], slope[kTile], sig[kTile], right[kTile];
     for (int64_t i = 0; i < count; ++i) logit[i] = static_cast<A>(a[first + i]);
     for (int64_t i = 0; i < kTile; ++i) t[i] = target;
     if (targets != nullptr) std::copy(targets + first, targets + first + count, t);
@@ -56,9 +56,13 @@ inline void chunk_pass(const T* a, const A* targets, A target, A weight, A scale
       value[i] = weight * term.value;
       slope[i] = scale * term.slope;
       sig[i] = term.sigmoid;
-      positive[i] = logit[i] > A(0) ? A(1) : A(0);
     }
-    for (int64_t i = count; i < kTile; ++i) value[i] = sig[i] = A(0);
+    if (fake) {
+      for (int64_t i = 0; i < kTile; ++i) right[i] = logit[i] <= A(0) ? A(1) : A(0);
+    } else {
+      for (int64_t i = 0; i < kTile; ++i) right[i] = logit[i] > A(0) ? A(1) : A(0);
+    }
+    for (int64_t i = count; i < kTile; ++i) value[i] = sig[i] = right[i] = A(0);
     if (weight != A(0)) {
       std::copy(slope, slope + count, grad + first);
       if (losses != nullptr) std::copy(value, value + count, losses + first);
@@ -68,12 +72,12 @@ inline void chunk_pass(const T* a, const A* targets, A target, A weight, A scale
       if (losses != nullptr) std::fill(losses + first, losses + first + count, A(0));
     }
     sums.sigmoid += tile_sum(sig);
-    sums.positive += tile_sum(positive);
+    sums.right += tile_sum(right);
   }
 }
 
 template <typename T, typename A>
-inline void chunk_curvature(const T* a, const A* targets, A target, A scale, const A* g, bool g_each, const A* c, A* out, int64_t n) {
+GK_HD void chunk_curvature(const T* a, const A* targets, A target, A scale, const A* g, bool g_each, const A* c, A* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const A curvature = bce(static_cast<A>(a[i]), targets != nullptr ? targets[i] : target).curvature;
     out[i] = scale == A(0) ? A(0) : g[g_each ? i : 0] * c[i] * scale * curvature;
@@ -81,9 +85,9 @@ inline void chunk_curvature(const T* a, const A* targets, A target, A scale, con
 }
 
 #define GK_CHUNKS(T)                                                                                                                          \
-  GK_CLONES void pass(const T* a, const acc_t<T>* targets, acc_t<T> target, acc_t<T> weight, acc_t<T> scale, acc_t<T>* grad, acc_t<T>* losses, \
-                      int64_t n, Sums<acc_t<T>>& sums) {                                                                                      \
-    chunk_pass<T, acc_t<T>>(a, targets, target, weight, scale, grad, losses, n, sums);                                                        \
+  GK_CLONES void pass(const T* a, const acc_t<T>* targets, acc_t<T> target, acc_t<T> weight, acc_t<T> scale, bool fake, acc_t<T>* grad,            \
+                      acc_t<T>* losses, int64_t n, Sums<acc_t<T>>& sums) {                                                                                      \
+    chunk_pass<T, acc_t<T>>(a, targets, target, weight, scale, fake, grad, losses, n, sums);                                                        \
   }                                                                                                                                           \
   GK_CLONES void curve(const T* a, const acc_t<T>* targets, acc_t<T> target, acc_t<T> scale, const acc_t<T>* g, bool g_each,                   \
                        const acc_t<T>* c, acc_t<T>* out, int64_t n) {                                                                         \
@@ -116,6 +120,7 @@ Part part_of(const char* op, const Tensor& a, int64_t term, double weight, doubl
   if (targets.has_value()) {
     check(targets->scalar_type() == accumulate_dtype(a.scalar_type()) && targets->numel() == n, op, "targets",
           "have one value a logit, in the accumulation dtype");
+    check(targets->is_cpu(), op, "targets", "be on the device of a");
     check_contiguous(op, "targets", *targets);
   }
   return {term, weight, target, targets.has_value() ? targets->const_data_ptr() : nullptr};
@@ -127,7 +132,7 @@ double scale_of(const Part& part, int64_t n, int64_t reduction) {
 
 using Targets = std::optional<Tensor>;
 
-std::tuple<Tensor, Tensor, Tensor> gan_loss(const Tensor& a, const std::optional<Tensor>& b, int64_t n_real, int64_t term_real, double weight_real,
+std::tuple<Tensor, Tensor, Tensor, Tensor> gan_loss(const Tensor& a, const std::optional<Tensor>& b, int64_t n_real, int64_t term_real, double weight_real,
                                             double target_real, const Targets& targets_real, int64_t term_fake, double weight_fake,
                                             double target_fake, const Targets& targets_fake, int64_t reduction) {
   constexpr const char* op = "gan_loss";
@@ -136,12 +141,13 @@ std::tuple<Tensor, Tensor, Tensor> gan_loss(const Tensor& a, const std::optional
                          part_of(op, a, term_fake, weight_fake, target_fake, targets_fake, halves.n[1])};
   const ScalarType dtype = accumulate_dtype(a.scalar_type());
   const int64_t total = halves.n[0] + halves.n[1];
-  Tensor loss = reduction == kNone ? empty_on(a, {total}, dtype) : empty_on(a, {}, dtype);
-  Tensor stats = empty_on(a, {3}, dtype), grad = empty_on(a, {total}, dtype);
+  Tensor loss = reduction == kNone ? empty_on_cpu({total}, dtype) : empty_on_cpu({}, dtype);
+  Tensor stats = empty_on_cpu({3}, dtype), grad_a = empty_on_cpu(a.sizes(), dtype);
+  Tensor grad_b = b.has_value() ? empty_on_cpu(b->sizes(), dtype) : empty_on_cpu({0}, dtype);
   dispatch_floating(op, a.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
-    A* slopes = mutable_data<A>(grad);
+    A* slopes[2] = {mutable_data<A>(grad_a), b.has_value() ? mutable_data<A>(grad_b) : mutable_data<A>(grad_a) + halves.n[0]};
     A* losses = reduction == kNone ? mutable_data<A>(loss) : nullptr;
     Sums<A> sums[2];
     for (int h = 0; h < 2; ++h) {
@@ -151,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> gan_loss(const Tensor& a, const std::optional
       const A weight = static_cast<A>(parts[h].weight), scale = static_cast<A>(scale_of(parts[h], n, reduction));
       const auto run = [&](int64_t chunk, Sums<A>& into) {
         const int64_t first = chunk * kChunk;
-        pass(logits + first, targets == nullptr ? nullptr : targets + first, static_cast<A>(parts[h].target), weight, scale, slopes + offset + first,
+        pass(logits + first, targets == nullptr ? nullptr : targets + first, static_cast<A>(parts[h].target), weight, scale, h == 1, slopes[h] + first,
              losses == nullptr ? nullptr : losses + offset + first, std::min(kChunk, n - first), into);
       };
       if (chunks <= 1) {
@@ -165,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> gan_loss(const Tensor& a, const std::optional
       for (const Sums<A>& s : partial) {
         sums[h].loss += s.loss;
         sums[h].sigmoid += s.sigmoid;
-        sums[h].positive += s.positive;
+        sums[h].right += s.right;
       }
     }
     const A nan = std::numeric_limits<A>::quiet_NaN();
@@ -173,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> gan_loss(const Tensor& a, const std::optional
     A* s = mutable_data<A>(stats);
     s[0] = n0 > 0 ? sums[0].sigmoid / n0 : nan;
     s[1] = n1 > 0 ? sums[1].sigmoid / n1 : nan;
-    s[2] = total > 0 ? (sums[0].positive + n1 - sums[1].positive) / (n0 + n1) : nan;
+    s[2] = total > 0 ? (sums[0].right + sums[1].right) / (n0 + n1) : nan;
     if (reduction != kNone) {
       A value = 0;
       for (int h = 0; h < 2; ++h) {
@@ -183,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor> gan_loss(const Tensor& a, const std::optional
       *mutable_data<A>(loss) = value;
     }
   });
-  return {loss, stats, grad};
+  return {loss, stats, grad_a, grad_b};
 }
 
 Tensor gan_loss_grad2(const Tensor& a, const std::optional<Tensor>& b, int64_t n_real, int64_t term_real, double weight_real, double target_real,
@@ -195,11 +201,12 @@ Tensor gan_loss_grad2(const Tensor& a, const std::optional<Tensor>& b, int64_t n
                          part_of(op, a, term_fake, weight_fake, target_fake, targets_fake, halves.n[1])};
   const int64_t total = halves.n[0] + halves.n[1];
   const ScalarType dtype = accumulate_dtype(a.scalar_type());
-  check(c.scalar_type() == dtype && c.numel() == total, op, "c", "have one value a logit, in the accumulation dtype");
-  check(g.scalar_type() == dtype && (g.numel() == 1 || g.numel() == total), op, "g", "be a scalar or have one value a logit, in the accumulation dtype");
+  const bool g_each = reduction == kNone;
+  check(c.scalar_type() == dtype && c.numel() == total && c.is_cpu(), op, "c", "have one value a logit, in the accumulation dtype");
+  check(g.scalar_type() == dtype && g.numel() == (g_each ? total : 1) && g.is_cpu(), op, "g",
+        "be a scalar, or with reduction none have one value a logit, in the accumulation dtype");
   check_contiguous(op, "c", c);
   check_contiguous(op, "g", g);
-  const bool g_each = reduction == kNone;
   Tensor out = torch::stable::empty_like(c);
   dispatch_floating(op, a.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -223,7 +230,7 @@ Tensor gan_loss_grad2(const Tensor& a, const std::optional<Tensor>& b, int64_t n
 STABLE_TORCH_LIBRARY_FRAGMENT(gankern, m) {
   m.def(
       "gan_loss(Tensor a, Tensor? b, int n_real, int term_real, float weight_real, float target_real, Tensor? targets_real, int term_fake, "
-      "float weight_fake, float target_fake, Tensor? targets_fake, int reduction) -> (Tensor, Tensor, Tensor)");
+      "float weight_fake, float target_fake, Tensor? targets_fake, int reduction) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "gan_loss_grad2(Tensor a, Tensor? b, int n_real, int term_real, float weight_real, float target_real, Tensor? targets_real, int term_fake, "
       "float weight_fake, float target_fake, Tensor? targets_fake, int reduction, Tensor g, Tensor c) -> Tensor");

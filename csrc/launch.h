@@ -22,10 +22,10 @@
 #ifndef GK_SIM
 #define GK_SHARED(type, name, dims) __shared__ type name dims
 // Launch on a stream; a kernel name with commas goes in parentheses. Throws if the launch is refused; never waits for the kernel.
-#define GK_LAUNCH(kernel, grid, block, stream, ...)      \
-  do {                                                   \
+#define GK_LAUNCH(kernel, grid, block, stream, ...)          \
+  do {                                                       \
     (kernel)<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__); \
-    ::gankern::check_launch(#kernel);                    \
+    ::gankern::check_launch(#kernel);                        \
   } while (0)
 #endif
 

@@ -20,7 +20,7 @@ constexpr int64_t kGrain = 32768;  // elements a thread takes at least
 
 // y = LeakyReLU(z + bias) of n elements
 template <typename T>
-void act_row(const T* z, const T* bias, T* y, int64_t n, acc_t<T> slope) {
+GK_HD void act_row(const T* z, const T* bias, T* y, int64_t n, acc_t<T> slope) {
   using A = acc_t<T>;
   if (bias != nullptr) {
     for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(lrelu(static_cast<A>(z[i]) + static_cast<A>(bias[i]), slope));
@@ -31,7 +31,7 @@ void act_row(const T* z, const T* bias, T* y, int64_t n, acc_t<T> slope) {
 
 // y *= scale where the bit is set, *= 0 elsewhere
 template <typename T>
-void keep_row(const uint8_t* bits, T* y, int64_t n, acc_t<T> scale) {
+GK_HD void keep_row(const uint8_t* bits, T* y, int64_t n, acc_t<T> scale) {
   using A = acc_t<T>;
   for (int64_t i = 0; i < n; ++i) {
     const A keep = static_cast<A>((bits[i >> 3] >> (i & 7)) & 1);
@@ -41,7 +41,7 @@ void keep_row(const uint8_t* bits, T* y, int64_t n, acc_t<T> scale) {
 
 // dz = dy * slope of the activation, and the running column sums (null: none)
 template <typename T>
-void grad_row(const T* dy, const T* y, T* dz, acc_t<T>* sums, int64_t n, acc_t<T> slope) {
+GK_HD void grad_row(const T* dy, const T* y, T* dz, acc_t<T>* sums, int64_t n, acc_t<T> slope) {
   using A = acc_t<T>;
   for (int64_t i = 0; i < n; ++i) {
     const A d = static_cast<A>(dy[i]) * lrelu_slope(static_cast<A>(y[i]), slope);
@@ -51,7 +51,7 @@ void grad_row(const T* dy, const T* y, T* dz, acc_t<T>* sums, int64_t n, acc_t<T
 }
 
 template <typename T>
-void grad_keep_row(const T* dy, const T* y, const uint8_t* bits, T* dz, acc_t<T>* sums, int64_t first, int64_t n, acc_t<T> slope, acc_t<T> scale) {
+GK_HD void grad_keep_row(const T* dy, const T* y, const uint8_t* bits, T* dz, acc_t<T>* sums, int64_t first, int64_t n, acc_t<T> slope, acc_t<T> scale) {
   using A = acc_t<T>;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t column = first + i;
@@ -83,21 +83,29 @@ GK_ROWS(float)
 GK_ROWS(BFloat16)
 GK_ROWS(Half)
 
-int64_t columns_of(const char* op, const Tensor& t) {
+struct Shape {
+  int64_t rows = 1, columns = 0, bytes = 0;
+};
+
+Shape shape_of(const char* op, const Tensor& t) {
   check(t.dim() >= 1, op, "the first tensor", "have at least one dimension");
-  return t.size(t.dim() - 1);
+  Shape s;
+  for (int64_t d = 0; d + 1 < t.dim(); ++d) s.rows *= t.size(d);
+  s.columns = t.size(t.dim() - 1);
+  s.bytes = (s.columns + 7) / 8;
+  return s;
 }
 
 std::tuple<Tensor, Tensor> linear_lrelu_act(const Tensor& z, const std::optional<Tensor>& bias, double slope, double p, const std::optional<Tensor>& seed) {
   check_contiguous(kAct, "z", z);
-  const int64_t columns = columns_of(kAct, z), rows = columns == 0 ? 0 : z.numel() / columns, bytes = (columns + 7) / 8;
+  const auto [rows, columns, bytes] = shape_of(kAct, z);
   if (bias.has_value()) {
     check_like(kAct, "bias", *bias, z);
     check(bias->numel() == columns, kAct, "bias", "have one element for each column of z");
   }
   Tensor y = torch::stable::empty_like(z);
   if (p <= 0.0) {
-    dispatch_floating(kAct, z.scalar_type(), [&](auto zero) {
+    dispatch_floating(kAct, z.scalar_type(), [&, rows = rows, columns = columns, bytes = bytes](auto zero) {
       using T = decltype(zero);
       const T *in = data<T>(z), *b = bias.has_value() ? data<T>(*bias) : nullptr;
       T* out = mutable_data<T>(y);
@@ -106,15 +114,15 @@ std::tuple<Tensor, Tensor> linear_lrelu_act(const Tensor& z, const std::optional
         for (int64_t m = begin; m < end; ++m) act(in + m * columns, b, out + m * columns, columns, slope);
       });
     });
-    return {y, empty_on(z, {0}, ScalarType::Byte)};
+    return {y, empty_on_cpu({0}, ScalarType::Byte)};
   }
   check(seed.has_value() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long, kAct, "seed", "be an int64 tensor of one element when p > 0");
-  Tensor bits = empty_on(z, {rows, bytes}, ScalarType::Byte);
+  Tensor bits = empty_on_cpu({rows, bytes}, ScalarType::Byte);
   const uint64_t key = static_cast<uint64_t>(*data<int64_t>(*seed));
   const uint32_t threshold = dropout_threshold(p);
   const double scale = dropout_scale(p);
   uint8_t* mask = mutable_data<uint8_t>(bits);
-  dispatch_floating(kAct, z.scalar_type(), [&](auto zero) {
+  dispatch_floating(kAct, z.scalar_type(), [&, rows = rows, columns = columns, bytes = bytes](auto zero) {
     using T = decltype(zero);
     const T *in = data<T>(z), *b = bias.has_value() ? data<T>(*bias) : nullptr;
     T* out = mutable_data<T>(y);
@@ -133,15 +141,15 @@ std::tuple<Tensor, Tensor> linear_lrelu_act_grad(const Tensor& dy, const Tensor&
   check_contiguous(kGrad, "dy", dy);
   check_like(kGrad, "y", y, dy);
   check(y.numel() == dy.numel(), kGrad, "y", "have the shape of dy");
-  const int64_t columns = columns_of(kGrad, dy), rows = columns == 0 ? 0 : dy.numel() / columns, bytes = (columns + 7) / 8;
+  const auto [rows, columns, bytes] = shape_of(kGrad, dy);
   if (p > 0.0) {
     check(bits.scalar_type() == ScalarType::Byte && bits.numel() == rows * bytes, kGrad, "bits", "be uint8 [rows, ceil(columns / 8)]");
     check_contiguous(kGrad, "bits", bits);
   }
-  Tensor dz = torch::stable::empty_like(dy), dbias = empty_on(dy, {with_bias ? columns : 0}, dy.scalar_type());
+  Tensor dz = torch::stable::empty_like(dy), dbias = empty_on_cpu({with_bias ? columns : 0}, dy.scalar_type());
   const uint8_t* mask = p > 0.0 ? data<uint8_t>(bits) : nullptr;
   const double scale = dropout_scale(p);
-  dispatch_floating(kGrad, dy.scalar_type(), [&](auto zero) {
+  dispatch_floating(kGrad, dy.scalar_type(), [&, rows = rows, columns = columns, bytes = bytes](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
     const T *in = data<T>(dy), *out = data<T>(y);

@@ -107,7 +107,7 @@ template <typename T>
 GK_HD Term<T> bce(T a, T t) {
   const T e = exp_nonpositive(-abs_value(a));
   const T s = sigmoid_from(a, e), q = T(1) / (T(1) + e);
-  return {(a > T(0) ? a : T(0)) - t * a + log1p_unit(e), s - t, e * q * q, s};
+  return {(a > T(0) ? T(1) - t : -t) * a + log1p_unit(e), s - t, e * q * q, s};
 }
 
 }  // namespace gankern

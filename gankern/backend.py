@@ -7,12 +7,10 @@ The automatic choice is made per op, in the op's own file, beside the measuremen
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -27,24 +25,28 @@ def _check_name(source: str, name: str) -> str:
     return name
 
 
-def _forced_by_environment() -> str | None:
-    name = os.environ.get("GANKERN_BACKEND", "")
-    return None if name in ("", "auto") else _check_name("GANKERN_BACKEND", name)
+# The name that is forced, or "auto". A global and not a context variable: torch.compile can read and guard it, and it is cheap.
+# What GANKERN_BACKEND asks for is checked when an op first asks, so that a bad name is an error of the op and not of the import.
+_name = os.environ.get("GANKERN_BACKEND", "") or "auto"
 
 
-_environment = _forced_by_environment()
-_forced: ContextVar[str | None] = ContextVar("gankern_backend", default=_environment)
-_traced = _environment  # the same for torch.compile, which cannot read a ContextVar but guards on a global
+def automatic() -> bool:
+    """Whether the choice is ours."""
+    return _name == "auto"
 
 
 def forced() -> str | None:
-    """The name that the user forced, or None: the automatic choice."""
-    return _traced if torch.compiler.is_compiling() else _forced.get()
+    """The name that the user forced, or None: the automatic choice.
+
+    Raises:
+        ValueError: GANKERN_BACKEND is no backend's name.
+    """
+    return None if _name == "auto" else _check_name("GANKERN_BACKEND", _name)
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force one backend for every op called inside the `with` block; a backend that cannot run raises RuntimeError.
+    """Force one backend for every op called inside the `with` block, in every thread; one that cannot run raises RuntimeError.
 
     Args:
         name: "reference", "compiled" or "triton".
@@ -52,14 +54,12 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: `name` is none of these.
     """
-    global _traced
-    token, before = _forced.set(_check_name("use_backend", name)), _traced
-    _traced = name
+    global _name
+    before, _name = _name, _check_name("use_backend", name)
     try:
         yield
     finally:
-        _forced.reset(token)
-        _traced = before
+        _name = before
 
 
 # --- what is built -------------------------------------------------------------------------------------------------------
@@ -96,27 +96,25 @@ def _load_cuda() -> str:
     return ""
 
 
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 CPU_PROBLEM = _load_cpu()
 CUDA_PROBLEM = _load_cuda()
 
 
-@functools.cache
 def compiled_problem(device_type: str) -> str:
     """Why the C++ library cannot run on this device type ("cpu", "cuda" ...), or "" if it can."""
     problem = {"cpu": CPU_PROBLEM, "cuda": CUDA_PROBLEM}.get(device_type, f"there is no C++ kernel for {device_type} tensors")
     return f"the C++ library for {device_type} is {problem}" if problem and device_type in ("cpu", "cuda") else problem
 
 
-@functools.cache
 def triton_interpreted() -> bool:
     """Whether Triton kernels run under Triton's interpreter (TRITON_INTERPRET=1, read when kernels are first imported)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-@functools.cache
 def triton_problem(device_type: str) -> str:
     """Why Triton cannot run on this device type, or "" if it can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON_INSTALLED:
         return "triton is not installed (pip install triton)"
     if device_type == "cpu" and not triton_interpreted():
         return "Triton runs on CPU tensors only under its interpreter (set TRITON_INTERPRET=1)"

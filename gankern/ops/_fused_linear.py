@@ -6,15 +6,15 @@ and its three partial derivatives are all the products that any order of differe
     _Masked      m * (a Wᵀ + b)     [M, N]    the forward product again, for tangents
     _DataGrad    (m * c) W          [M, K]
     _WeightGrad  (m * c)ᵀ a         [N, K]    and the column sums of m * c, which belong to b
-The derivatives of each are the other two with the cotangent put in, so three Functions are closed under differentiation. LeakyReLU's
-second derivative is zero: y enters detached, as nothing but the source of m.
+The derivatives of each are the other two with the cotangent put in, so three Functions are closed under differentiation.
+LeakyReLU's second derivative is zero: y enters detached, as nothing but the source of m.
 
-A backward is told that the weight needs a gradient even inside autograd.grad(output, x), where it is thrown away. The engine does skip
-whole nodes, so the first derivative is split into two: _WeightPath has the parameters as its inputs and gives their gradients,
-_DataPath has x and gives its gradient. Each needs the other's tensor for its own derivatives, but no edge to it: it is handed over in
-a tuple, where autograd does not look for inputs, and saved with its history.
+A backward is told that the weight needs a gradient even inside autograd.grad(output, x), where it is thrown away. The engine does
+skip whole nodes, so the first derivative is split into two: _WeightPath has the parameters as its inputs and gives their gradients,
+_DataPath has x and gives its gradient. Each needs the other's tensor for its own derivatives, but no edge to it: it is handed over
+in a tuple, where autograd does not look for inputs, and saved with its history.
 
-Kernels, in `gankern.triton.linear_lrelu`, for a [M, K] and c [M, N] of any strides, y contiguous; precision "ieee" or "tf32" (float32):
+Kernels, in `gankern.triton.linear_lrelu`; a [M, K], c [M, N] of any strides, y contiguous; precision "ieee" or "tf32" (float32):
     linear_lrelu_forward(x, weight [N, K], bias | None, slope, p, seed | None, precision) -> y [M, N], bits
     linear_lrelu_masked(a, weight, bias | None, y, bits, slope, p, precision) -> [M, N]
     linear_lrelu_data_grad(c, weight, y, bits, slope, p, precision) -> [M, K]
@@ -44,16 +44,15 @@ class _How(NamedTuple):
 
 
 def usable(x: Tensor, weight: Tensor) -> bool:
-    """Whether `apply` can run: tensors that the Triton kernels take, and plain autograd (no torch.func, forward mode or torch.compile)."""
-    dtype = _dtype(x)
-    return (
-        not backend.triton_problem(x.device.type)
-        and dtype in checks.FLOATING
-        and dtype == _dtype(weight)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
+    """Whether `apply` can run: tensors that the Triton kernels take; no torch.func, forward mode or torch.compile at work.
+
+    float64 only under the interpreter: Triton 3.7 fails to compile a float64 product whose operand is computed.
+    """
+    plain = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+    if not plain or backend.triton_problem(x.device.type):
+        return False
+    supported = checks.FLOATING if backend.triton_interpreted() else (torch.float32, torch.bfloat16, torch.float16)
+    return _dtype(x) in supported and _dtype(x) == _dtype(weight)
 
 
 def apply(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float, p: float, seed: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ _LOW = 0xFFFFFFFF
 
 def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
     """A fresh 63-bit seed, int64 [1], drawn from PyTorch's generator on `device`: reproducible, and anew in each graph replay."""
-    return torch.empty(1, dtype=torch.int64, device=device).random_(generator=generator)
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
 
 
 def philox(seed: Tensor, counter: Tensor) -> Tensor:

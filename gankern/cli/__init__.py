@@ -1,0 +1,1 @@
+"""The commands gankern and gankern-train: words, files and progress bars."""

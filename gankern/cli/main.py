@@ -1,0 +1,81 @@
+"""Entry points: `gankern train|sample|presets|doctor` and `gankern-train`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from gankern.cli.common import Refused
+
+USAGE = """usage: gankern COMMAND ...
+
+commands:
+  train PRESET ...   train a GAN; also called gankern-train
+  sample RUN ...     draw samples from a run: a picture, a folder of pictures, or a .npz
+  presets            list the presets
+  doctor             versions, devices, what is built, and what each op runs on
+
+gankern COMMAND --help says more; gankern --version prints the version.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command gankern. Returns the exit status: 0, 1 (something failed), 2 (bad input), 130 (Ctrl-C)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name, *rest = arguments or [""]
+    if name in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if name == "--version":
+        import gankern
+
+        print(gankern.__version__)
+        return 0
+    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "sample": _sample, "presets": _presets, "doctor": _doctor}
+    if name not in commands:
+        return _call("gankern", _no_command, name)
+    return _call("gankern-train" if name == "train" else f"gankern {name}", commands[name], rest)
+
+
+def train_main(argv: Sequence[str] | None = None) -> int:
+    """The command gankern-train."""
+    return _call("gankern-train", _train, list(sys.argv[1:] if argv is None else argv))
+
+
+def _call(prog: str, command: Callable[..., int], *arguments: object) -> int:
+    try:
+        return command(*arguments)
+    except Refused as refusal:
+        print(f"{prog}: {refusal}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _no_command(name: str) -> int:
+    raise Refused(f"command must be train, sample, presets or doctor, got {name!r} (see gankern --help)")
+
+
+def _train(arguments: list[str]) -> int:
+    from gankern.cli import train
+
+    return train.command(arguments)
+
+
+def _sample(arguments: list[str]) -> int:
+    from gankern.cli import sample
+
+    return sample.command(arguments)
+
+
+def _presets(arguments: list[str]) -> int:
+    from gankern.cli import train
+
+    return train.list_presets(arguments)
+
+
+def _doctor(arguments: list[str]) -> int:
+    from gankern.cli import doctor
+
+    return doctor.command(arguments)

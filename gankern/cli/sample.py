@@ -1,0 +1,72 @@
+"""gankern sample RUN: draw samples from a training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gankern.cli.common import Parser, Refused, need, pick_device, refusing
+from gankern.models import sample_latent
+from gankern.training import PRESETS, checkpoint, pictures, run_dir
+from gankern.training.trainer import generate
+
+
+def command(arguments: list[str]) -> int:
+    parser = Parser("gankern sample", description="Draw samples from a training run.")
+    parser.add_argument("run", metavar="RUN", help="a run directory (its newest checkpoint is used) or one of its checkpoints")
+    parser.add_argument("--n", type=int, default=64, help="how many samples (default: 64)")
+    parser.add_argument(
+        "--out",
+        default="samples.png",
+        help="x.png: one picture with all; x.npz: array `samples` float32 [n, C, H, W] in [-1, 1]; a folder: one PNG each "
+        "(default: samples.png)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the latent vectors (default: 0)")
+    parser.add_argument(
+        "--weights", choices=("auto", "ema", "last"), default="auto", help="auto: the EMA weights if the run has them"
+    )
+    parser.add_argument("--class", dest="label", type=int, help="the class to draw, where the model has classes")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:number] (default: auto)")
+    options = parser.parse_args(arguments)
+    need("safetensors", "PIL")
+    with refusing():
+        out = Path(options.out)
+        kind = out.suffix.lower()
+        if options.n < 1:
+            raise Refused(f"--n must be >= 1, got {options.n}")
+        if not 0 <= options.seed < 2**62:
+            raise Refused(f"--seed must be in [0, 2^62), got {options.seed}")
+        if kind not in (".png", ".npz", "") and not out.is_dir():
+            raise Refused(f"--out must end in .png or .npz or be a folder, got {options.out!r}")
+        device = pick_device(options.device)
+        run, saved = run_dir.locate(Path(options.run))
+        if saved is None:
+            raise Refused(f"{run.path} must have a checkpoint, got none")
+        if run.preset not in PRESETS:
+            raise Refused(f"{run.path} must be of a known preset ({', '.join(PRESETS)}), got {run.preset!r}")
+        if options.label is not None:
+            raise Refused(f"--class must be left out: the model of preset {run.preset} has no classes, got {options.label}")
+        if options.weights == "ema" and run.config.ema == 0.0:
+            raise Refused(f"--weights must be auto or last: {run.path} was trained without EMA, got 'ema'")
+        source = "ema" if options.weights != "last" and run.config.ema > 0.0 else "generator"
+        state = checkpoint.load(saved, (f"{source}.",))
+        generator, _ = PRESETS[run.preset].build(run.config, run.shape)
+        generator.load_state_dict({key.removeprefix(f"{source}."): v for key, v in state.items() if key.startswith(f"{source}.")})
+        z = sample_latent(options.n, run.config.z_dim, run.config.latent, torch.Generator().manual_seed(options.seed))
+        samples = generate(generator.to(device), z.to(device)).float().cpu()
+        if out.is_dir() or kind == "":
+            out.mkdir(parents=True, exist_ok=True)
+            digits = len(str(options.n - 1))
+            for i, picture in enumerate(pictures.to_uint8(samples)):
+                pictures.save_png(out / f"{i:0{digits}d}.png", picture)
+        else:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            if kind == ".npz":
+                with out.open("wb") as file:
+                    np.savez(file, samples=samples.numpy())
+            else:
+                pictures.save_png(out, pictures.grid(samples))
+    print(f"{options.n} samples of {run.path} after step {state['step']} ({source} weights) in {out}")
+    return 0

@@ -1,0 +1,340 @@
+"""gankern-train PRESET: train a GAN, into a run directory of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import platform
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import gankern
+from gankern import data
+from gankern.cli.common import Parser, Refused, need, pick_device, refusing
+from gankern.cli.progress import Progress
+from gankern.models import sample_latent
+from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, pictures, run_dir
+from gankern.training.run_dir import RunDir
+
+PREVIEW = 64  # samples in a picture
+
+
+def command(arguments: list[str]) -> int:
+    names = ", ".join(PRESETS)
+    if not arguments:
+        raise Refused(f"a preset must be named: {names} (see gankern-train --help)")
+    name, *rest = arguments
+    if name in ("-h", "--help"):
+        print("usage: gankern-train PRESET [OPTIONS]\n\npresets:")
+        _print_presets()
+        print("\ngankern-train PRESET --help lists the options.")
+        return 0
+    if name not in PRESETS:
+        raise Refused(f"preset must be one of {names}, got {name!r}")
+    need("tyro", "rich", "PIL", "safetensors", "tensorboard", "matplotlib")
+    with refusing():
+        ready = prepare(name, parse(name, rest))
+    return 0 if ready is None else fit(name, ready)
+
+
+def list_presets(arguments: list[str]) -> int:
+    Parser("gankern presets", description="List the presets of gankern-train.").parse_args(arguments)
+    _print_presets()
+    return 0
+
+
+def _print_presets() -> None:
+    for name, preset in PRESETS.items():
+        print(f"  {name:<16} {preset.summary}")
+
+
+def parse(preset: str, arguments: list[str]) -> TrainConfig:
+    """TrainConfig from flags; tyro's framed complaint becomes one sentence."""
+    import tyro
+
+    prog, complaint = f"gankern-train {preset}", io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                TrainConfig, prog=prog, description=PRESETS[preset].summary, default=PRESETS[preset].config, args=arguments
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    words = unframed(complaint.getvalue()).rstrip(".").removeprefix("Error parsing TrainConfig: ")
+    raise Refused(f"{words or 'the flags must be understood'} (see {prog} --help)")
+
+
+def unframed(complaint: str) -> str:
+    """The first part of tyro's complaint: a title, then parts between rules, drawn with or without boxes and colours."""
+    lines = [line.strip(" │") for line in re.sub(r"\x1b\[[0-9;]*m", "", complaint).splitlines()[1:]]
+    body = itertools.dropwhile(is_rule, lines)
+    return " ".join(itertools.takewhile(lambda line: not is_rule(line), body))
+
+
+def is_rule(line: str) -> bool:
+    return not line.strip("─-╭╮╰╯")
+
+
+def flags(preset: str, config: TrainConfig) -> list[str]:
+    """The flags that give `config`, for those fields in which it differs from the preset."""
+    words = []
+    for name, value in dataclasses.asdict(config).items():
+        if value != getattr(PRESETS[preset].config, name):
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+class Ready(NamedTuple):
+    """All that `fit` needs; `seconds` is the training time before a resume."""
+
+    config: TrainConfig
+    trainer: Trainer
+    batches: data.Batches
+    images: data.ImageData
+    run: RunDir
+    seconds: float
+
+
+def prepare(preset: str, config: TrainConfig) -> Ready | None:
+    """All that may refuse: device, data, models, the run to resume. Returns None if all is done."""
+    device = pick_device(config.device)
+    if config.data != "mnist":  # the run is found again from another folder too
+        config = dataclasses.replace(config, data=str(Path(config.data).expanduser().resolve()))
+    run, saved = find_run(preset, config)
+    step = 0 if saved is None else run_dir.step_of(saved)
+    if run is not None and step >= config.steps:
+        print(f"{run.path} is finished: {step} steps made, {config.steps} asked for; nothing to do")
+        return None
+    images = data.load(config.data, size=config.size or None, channels=config.channels or None, limit=config.limit or None)
+    if images.skipped:
+        print(
+            f"skipped {len(images.skipped)} unreadable files: {', '.join(images.skipped[:5])}{' ...' * (len(images.skipped) > 5)}"
+        )
+    torch.manual_seed(config.seed)
+    trainer = Trainer(*PRESETS[preset].build(config, images.shape), config, device)
+    batches = data.Batches(images, config.batch_size, seed=config.seed, device=device)
+    seconds = 0.0
+    if saved is not None:
+        seconds = restore(trainer, batches, saved)
+    if config.dry_run:
+        describe(preset, config, trainer, images, run)
+        return None
+    facts = {"data_name": images.name, "images": len(images), "versions": versions(), "device_used": str(device)}
+    if run is None:
+        run = RunDir.create(preset, config, images.name, images.shape, facts)
+        print(f"new run {run.path}: {len(images)} images of {images.name} {list(images.shape)}, on {device}")
+    else:
+        run.rewind(step)
+        run_dir.write_config(run.path, preset, config, images.shape, facts)
+        print(f"continuing {run.path} after step {step}" if saved else f"{run.path} has no checkpoint yet: starting it over")
+    return Ready(config, trainer, batches, images, run, seconds)
+
+
+def find_run(preset: str, config: TrainConfig) -> tuple[RunDir | None, Path | None]:
+    """The run that --resume means, and its checkpoint; (None, None) is a new run."""
+    if config.resume == "never":
+        return None, None
+    if config.resume == "auto":
+        run = RunDir.newest(Path(config.outdir), preset, config.data)
+        if run is None:
+            print(f"no run of {preset} on {config.data} under {config.outdir} to continue: starting one")
+            return None, None
+        run, saved = run_dir.locate(run.path)
+    else:
+        run, saved = run_dir.locate(Path(config.resume))
+    if run.preset != preset:
+        raise Refused(f"resume: preset must be {run.preset}, that of {run.path}, got {preset}")
+    differences = run.config.differences(config)
+    if differences:
+        raise Refused(f"resume: settings must be those of {run.path}, got others in {', '.join(differences)}")
+    return run, saved
+
+
+def restore(trainer: Trainer, batches: data.Batches, saved: Path) -> float:
+    """Load a checkpoint into trainer and sampler; returns the seconds of training before it."""
+    state = checkpoint.load(saved)
+    device = state.pop("device", None)
+    if device != trainer.device.type:
+        raise ValueError(f"resume: device must be {device}, whose random state {saved} holds, got {trainer.device.type}")
+    seconds = state.pop("time_s", 0.0)
+    position = {key.removeprefix("data."): state.pop(key) for key in list(state) if key.startswith("data.")}
+    if position.keys() != batches.state_dict().keys():
+        raise ValueError(f"resume: {saved} must hold the data's {', '.join(batches.state_dict())}, got {', '.join(position)}")
+    batches.load_state_dict(position)
+    trainer.load_state_dict(state)
+    return float(seconds)
+
+
+class Stop:
+    """Notes the first SIGINT or SIGTERM, so that the loop ends after its step; the second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.signal = number
+        self.__exit__()
+
+
+def fit(preset: str, ready: Ready) -> int:
+    """The loop: steps, log, pictures, checkpoints. Returns the exit status."""
+    config, trainer, batches, images, run, _ = ready
+    reporter = Reporter(ready)
+    with Stop() as stop, reporter:
+        if trainer.steps_done == 0:
+            reporter.begin(images)
+        while trainer.steps_done < config.steps and not stop.signal:
+            out = trainer.step(next(batches))
+            step, last = trainer.steps_done, trainer.steps_done == config.steps
+            if last or step % config.log_every == 0:
+                bad = reporter.log(out)
+                if bad:
+                    print(f"gankern-train: training diverged: {bad} at step {step}; the log stops before it", file=sys.stderr)
+                    return 1
+            if last or (config.sample_every and step % config.sample_every == 0):
+                reporter.sample(f"fakes{step:06d}.png")
+            if last or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                reporter.save()
+        reporter.save()
+    if trainer.steps_done < config.steps:
+        words = ["gankern-train", preset, *flags(preset, dataclasses.replace(config, resume=str(run.path)))]
+        print(f"stopped after step {trainer.steps_done}, all saved; to resume: {shlex.join(words)}")
+        return 128 + stop.signal
+    print(f"finished {config.steps} steps; samples: {run.path / f'fakes{config.steps:06d}.png'}; more: gankern sample {run.path}")
+    return 0
+
+
+class Reporter:
+    """All that a run writes: log.jsonl, TensorBoard events, pictures, checkpoints, and the progress line."""
+
+    def __init__(self, ready: Ready) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.config, self.trainer, self.batches, _, self.run, self.seconds = ready
+        config, trainer = self.config, self.trainer
+        # Own generator: the same latents in each picture and after each resume, and none taken from the training's stream.
+        latents = torch.Generator().manual_seed(config.seed + 2)
+        self.z = sample_latent(PREVIEW, config.z_dim, config.latent, latents)
+        first = trainer.steps_done
+        self.board = SummaryWriter(str(self.run.path), purge_step=first + 1 if first else None)
+        self.progress = Progress(config.steps, first, config.batch_size)
+        self.saved_step = first or -1
+        self.logged_step = first
+        self.mark = time.perf_counter()
+
+    def __enter__(self) -> Reporter:
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.__exit__()
+        self.board.close()
+
+    @contextlib.contextmanager
+    def _off_the_clock(self) -> Any:
+        """Writing does not count as training time."""
+        start = time.perf_counter()
+        yield
+        self.mark += time.perf_counter() - start
+
+    def begin(self, images: data.ImageData) -> None:
+        """reals.png: real images spread evenly over the data; fakes_init.png: samples before training."""
+        with self._off_the_clock():
+            chosen = torch.linspace(0, len(images) - 1, min(PREVIEW, len(images))).long()
+            self._picture("reals", "reals.png", data.to_float(images.images[chosen]))
+        self.sample("fakes_init.png")
+
+    def log(self, out: dict[str, Tensor]) -> str:
+        """One row. The only place that waits for the device. Returns "" or, having written nothing, which loss is not finite."""
+        names = ("d_loss", "g_loss", "d_real", "d_fake")
+        values = dict(zip(names, torch.stack([out[name].float() for name in names]).tolist(), strict=True))
+        bad = ", ".join(f"{k} is {v}" for k, v in values.items() if not abs(v) < float("inf"))
+        if bad:
+            return bad
+        now, step = time.perf_counter(), self.trainer.steps_done
+        elapsed, self.mark = now - self.mark, now
+        self.seconds += elapsed
+        rate = (step - self.logged_step) * self.config.batch_size / elapsed
+        self.logged_step = step
+        row = {"step": step, "time_s": round(self.seconds, 3), "images_per_s": round(rate, 1), **values}
+        self.run.log(row)
+        for name in ("d_loss", "g_loss"):
+            self.board.add_scalar(f"loss/{name}", row[name], step)
+        for name in ("d_real", "d_fake"):
+            self.board.add_scalar(f"score/{name}", row[name], step)
+        self.board.add_scalar("speed/images_per_s", row["images_per_s"], step)
+        self.progress.update(row)
+        return ""
+
+    def sample(self, name: str) -> None:
+        with self._off_the_clock():
+            self._picture("fakes", name, self.trainer.sample(self.z))
+
+    def _picture(self, tag: str, name: str, samples: Tensor) -> None:
+        picture = pictures.grid(samples)
+        pictures.save_png(self.run.path / name, picture)
+        self.board.add_image(tag, picture.numpy(), self.trainer.steps_done, dataformats="HWC")
+
+    def save(self) -> None:
+        """A checkpoint of the present step, unless it is there already, and losses.png."""
+        step = self.trainer.steps_done
+        if step == self.saved_step:
+            return
+        with self._off_the_clock():
+            state = self.trainer.state_dict() | {f"data.{k}": v for k, v in self.batches.state_dict().items()}
+            seconds = self.seconds + time.perf_counter() - self.mark
+            self.run.save(state | {"device": self.trainer.device.type, "time_s": seconds}, self.config.keep)
+            rows = self.run.rows()
+            if rows:
+                pictures.plot_losses(self.run.path / "losses.png", rows, self.run.path.name)
+            self.board.flush()
+        self.saved_step = step
+
+
+def versions() -> dict[str, str]:
+    return {"gankern": gankern.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def describe(preset: str, config: TrainConfig, trainer: Trainer, images: data.ImageData, run: RunDir | None) -> None:
+    """What --dry-run prints."""
+    from gankern.cli.doctor import backends
+
+    print(f"preset {preset}: {PRESETS[preset].summary}\n\nsettings")
+    for name, value in config.to_json().items():
+        print(f"  {name:<18} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
+    print(f"\ndata      {len(images)} images {list(images.shape)}: {images.note}\ndevice    {trainer.device}\n")
+    for role, model in (("generator", trainer.generator), ("discriminator", trainer.discriminator)):
+        print(f"{role}, {sum(p.numel() for p in model.parameters()):,} parameters\n{model}\n")
+    print("ops")
+    for op, name, why in backends(trainer.device):
+        print(f"  {op:<14} {name:<10} {why}")
+    where = f"a new directory under {config.outdir}" if run is None else f"{run.path}, continued after step {trainer.steps_done}"
+    print(f"\nwould train into {where}; nothing was written")

@@ -1,0 +1,154 @@
+"""TrainConfig: every setting of a training run. Its fields, types, defaults and docstrings are the flags of gankern-train."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gankern import checks
+
+OP = "train"
+
+# What a resumed run may set anew: none of these changes a weight, and steps only says where to stop.
+MAY_CHANGE = frozenset({"outdir", "steps", "device", "log_every", "sample_every", "checkpoint_every", "keep", "resume", "dry_run"})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training run.
+
+    Raises:
+        ValueError, TypeError: a field out of its range, in one sentence that names it.
+    """
+
+    data: str = "mnist"
+    """Training images: "mnist" (bundled), a folder of pictures, an IDX file, or a .npz/.npy array."""
+    outdir: str = "runs"
+    """Folder under which the run gets a directory of its own."""
+    steps: int = 12000
+    """Training steps in all; one step updates the discriminator once and the generator once."""
+    batch_size: int = 64
+    """Real images a step, and as many generated ones."""
+    seed: int = 0
+    """Seed of initial weights, data order, noise and dropout."""
+    device: str = "auto"
+    """auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1 ..."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """fp32 (exact), tf32 (float32 with tensor-core products, CUDA only), or bf16 (autocast, weights stay float32)."""
+    checkpoint_every: int = 5000
+    """Steps between checkpoints; the last step and Ctrl-C always save one. 0: only those."""
+    sample_every: int = 1000
+    """Steps between pictures of generated samples. 0: only before the first and after the last step."""
+    log_every: int = 50
+    """Steps between lines of log.jsonl."""
+    keep: int = 2
+    """Newest checkpoints kept. 0: all."""
+    resume: str = "never"
+    """never; auto (continue the newest run of this preset and data under the outdir, if any); or a run directory or checkpoint."""
+    dry_run: bool = False
+    """Print settings, models, device and backends, then stop. Writes nothing."""
+
+    size: int = 0
+    """Side of the square training images. 0: as the data are."""
+    channels: Literal[0, 1, 3] = 0
+    """1 (grey) or 3 (colour). 0: as the data are."""
+    limit: int = 0
+    """Use only the first so many images. 0: all."""
+
+    objective: Literal["non-saturating", "minimax"] = "non-saturating"
+    """What the generator minimises: -log D(G(z)), or log(1 - D(G(z)))."""
+    real_label: float = 1.0
+    """The discriminator's target for real images; 0.9 is one-sided label smoothing."""
+    fake_label: float = 0.0
+    """The discriminator's target for generated images."""
+
+    z_dim: int = 100
+    """Entries of the latent vector z."""
+    latent: Literal["normal", "uniform"] = "normal"
+    """Law of z: N(0, 1) or U(-1, 1)."""
+    g_widths: tuple[int, ...] = (256, 512, 1024)
+    """Hidden layers of the generator, from z to the image."""
+    g_norm: Literal["none", "batch"] = "none"
+    """Normalisation in the generator: none, or BatchNorm before each activation."""
+    g_dropout: float = 0.0
+    """Dropout in the generator's hidden layers."""
+    d_widths: tuple[int, ...] = (1024, 512, 256)
+    """Hidden layers of the discriminator, from the image to the score."""
+    d_dropout: float = 0.0
+    """Dropout in the discriminator's hidden layers."""
+    negative_slope: float = 0.2
+    """Slope of LeakyReLU for negative inputs."""
+
+    lr_g: float = 2e-4
+    """Adam's learning rate for the generator."""
+    lr_d: float = 2e-4
+    """Adam's learning rate for the discriminator."""
+    beta1: float = 0.5
+    """Adam's first decay rate, for both."""
+    beta2: float = 0.999
+    """Adam's second decay rate, for both."""
+    ema: float = 0.0
+    """Decay of the running average of the generator's weights, which the pictures then show; 0.999 is usual. 0: off."""
+    ema_warmup: bool = True
+    """Average less over the first steps: decay min(ema, (1 + step) / (10 + step))."""
+
+    def __post_init__(self) -> None:
+        for field, kind in typing.get_type_hints(type(self)).items():
+            _check_type(field, getattr(self, field), kind)
+        for field in ("steps", "batch_size", "log_every", "z_dim"):
+            checks.number(OP, field, getattr(self, field), 1)
+        for field in ("checkpoint_every", "sample_every", "keep", "size", "limit", "negative_slope", "lr_g", "lr_d"):
+            checks.number(OP, field, getattr(self, field), 0)
+        checks.number(OP, "seed", self.seed, 0, 2**62)
+        for field in ("real_label", "fake_label", "g_dropout", "d_dropout"):
+            checks.number(OP, field, getattr(self, field), 0.0, 1.0)
+        for field in ("beta1", "beta2", "ema"):
+            value = getattr(self, field)
+            if not 0.0 <= value < 1.0:
+                checks.fail(ValueError, OP, field, "be in [0, 1)", value)
+        for field in ("g_widths", "d_widths"):
+            if any(width < 1 for width in getattr(self, field)):
+                checks.fail(ValueError, OP, field, "have widths >= 1", getattr(self, field))
+        if self.g_norm == "batch" and self.batch_size == 1:
+            checks.fail(ValueError, OP, "batch_size", "be >= 2 with BatchNorm", 1)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: object, source: str = OP) -> TrainConfig:
+        """The inverse of `to_json` after a trip through JSON; `source` opens the sentence of a refusal.
+
+        Raises:
+            ValueError: `values` is not an object with fields of this class, or a field has another type or range.
+        """
+        if not isinstance(values, dict):
+            checks.fail(ValueError, source, "settings", "be an object", type(values).__name__)
+        unknown = sorted(values.keys() - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            checks.fail(ValueError, source, "settings", "have known fields only", ", ".join(unknown))
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    def differences(self, other: TrainConfig) -> list[str]:
+        """Fields outside MAY_CHANGE in which `other` differs, in words: "batch_size (64, now 32)"."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in MAY_CHANGE]
+        return [f"{n} ({getattr(self, n)}, now {getattr(other, n)})" for n in names if getattr(self, n) != getattr(other, n)]
+
+
+def _check_type(field: str, value: object, kind: Any) -> None:
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        checks.one_of(OP, field, value, typing.get_args(kind))
+    elif origin is tuple:
+        if not isinstance(value, tuple) or any(type(v) is not int for v in value):
+            checks.fail(TypeError, OP, field, "be a tuple of ints", repr(value))
+    elif kind is float:
+        checks.number(OP, field, value, float("-inf"))  # type: ignore[arg-type]
+    elif type(value) is not kind:
+        checks.fail(TypeError, OP, field, f"be of type {kind.__name__}", repr(value))

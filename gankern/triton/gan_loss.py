@@ -1,0 +1,313 @@
+"""gan_loss: logits [N], their loss, gradient [N] and three statistics; one program up to ONE_PROGRAM logits, two launches beyond.
+
+Contract in gankern/ops/gan_loss.py. Terms, weights and the reduction are compiled in; targets are run-time doubles, so that an
+annealed label does not compile anew at each step.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gankern.triton import ceil_div, on_device, power_of_two
+
+ONE_PROGRAM = 4096  # one program takes this many logits, 8 a thread
+BLOCK = 1024  # logits a program beyond that, and partial sums a step of the finishing program
+
+
+@triton.jit
+def _log1p_unit(u):
+    """log(1 + u) for 0 <= u <= 1 as 2 atanh(s), s = u / (2 + u) <= 1/3: full relative precision, which log(1 + u) loses."""
+    s = u / (2.0 + u)
+    q = s * s
+    COUNT: tl.constexpr = 17 if u.dtype == tl.float64 else 8  # the first term left out is below an ulp
+    p = q * 0.0
+    for k in tl.static_range(COUNT):
+        p = p * q + 1.0 / (2 * (COUNT - k) + 1)
+    return 2.0 * (s + s * q * p)
+
+
+@triton.jit
+def _term(a, t, CODE: tl.constexpr):
+    """Value, slope, curvature and sigmoid at logit a, target t; CODE as in gankern/ops/gan_loss.py."""
+    e = tl.exp(-tl.abs(a))
+    q = 1.0 / (1.0 + e)
+    sigmoid = tl.where(a >= 0, q, e * q)
+    tl.static_assert(CODE == 0, "unknown term")  # 0: binary cross entropy, softplus(a) - t a
+    return tl.maximum(a, 0.0) - t * a + _log1p_unit(e), sigmoid - t, e * q * q, sigmoid
+
+
+@triton.jit
+def _logits(a_ptr, b_ptr, i, inside, n_real, COMPUTE: tl.constexpr):
+    """Logit i of a, or of a and b one after the other."""
+    if b_ptr is None:
+        a = tl.load(a_ptr + i, mask=inside, other=0.0).to(COMPUTE)
+    else:
+        a = tl.load(a_ptr + i, mask=inside & (i < n_real), other=0.0).to(COMPUTE)
+        a += tl.load(b_ptr + i - n_real, mask=inside & (i >= n_real), other=0.0).to(COMPUTE)
+    return a
+
+
+@triton.jit
+def _targets(t_ptr, target, i, inside, like):
+    """The targets at i: a tensor's, or one number [1]; of the dtype of `like`."""
+    return tl.full((1,), target, like.dtype) if t_ptr is None else tl.load(t_ptr + i, mask=inside, other=0.0).to(like.dtype)
+
+
+@triton.jit
+def _scale(like, count, WEIGHT: tl.constexpr, REDUCTION: tl.constexpr):
+    """weight, over the half's count where the reduction is the mean; [1] of the dtype of `like`."""
+    scale = tl.full((1,), WEIGHT, like.dtype)
+    if REDUCTION == 1:
+        scale = scale / tl.maximum(count, 1).to(like.dtype)
+    return scale
+
+
+@triton.jit
+def _mean(total, count):
+    """total / count, NaN where there is nothing."""
+    return tl.where(count > 0, total / tl.maximum(count, 1).to(total.dtype), float("nan"))
+
+
+@triton.jit
+def _finish(
+    loss_ptr, stats_ptr, v_r, v_f, s_r, s_f, right, n_real, n, W_R: tl.constexpr, W_F: tl.constexpr, REDUCTION: tl.constexpr
+):
+    """From the five sums (value, value, sigmoid, sigmoid, rightly called) to loss and statistics."""
+    if REDUCTION != 0:
+        if REDUCTION == 1:  # a half that pays nothing may be empty
+            v_r = _mean(v_r, n_real) if W_R != 0 else v_r
+            v_f = _mean(v_f, n - n_real) if W_F != 0 else v_f
+        tl.store(loss_ptr, v_r * W_R + v_f * W_F)
+    tl.store(stats_ptr, _mean(s_r, n_real))
+    tl.store(stats_ptr + 1, _mean(s_f, n - n_real))
+    tl.store(stats_ptr + 2, _mean(right, n))
+
+
+@triton.jit(do_not_specialize=["n_real", "n"])
+def _loss_kernel(
+    a_ptr,
+    b_ptr,
+    tr_ptr,
+    tf_ptr,
+    loss_ptr,
+    stats_ptr,
+    grad_real_ptr,
+    grad_fake_ptr,
+    partial_ptr,
+    n_real,
+    n,
+    target_real: tl.float64,
+    target_fake: tl.float64,
+    TERM_R: tl.constexpr,
+    W_R: tl.constexpr,
+    TERM_F: tl.constexpr,
+    W_F: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Program p takes the logits from p * SIZE on; partial [programs, 8] receives its five sums, or is None: one program is all."""
+    COMPUTE: tl.constexpr = grad_real_ptr.dtype.element_ty
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = i < n
+    real = inside & (i < n_real)
+    fake = inside & (i >= n_real)
+    a = _logits(a_ptr, b_ptr, i, inside, n_real, COMPUTE)
+    value_r, slope_r, _, sigmoid = _term(a, _targets(tr_ptr, target_real, i, real, a), TERM_R)
+    value_f, slope_f, _, _ = _term(a, _targets(tf_ptr, target_fake, i - n_real, fake, a), TERM_F)
+    # a term that pays nothing is left out, not multiplied by 0: its value may be infinite
+    value_r = tl.where(real, value_r, 0.0) if W_R != 0 else tl.zeros_like(a)
+    value_f = tl.where(fake, value_f, 0.0) if W_F != 0 else tl.zeros_like(a)
+    slope_r = slope_r * _scale(a, n_real, W_R, REDUCTION) if W_R != 0 else tl.zeros_like(a)
+    slope_f = slope_f * _scale(a, n - n_real, W_F, REDUCTION) if W_F != 0 else tl.zeros_like(a)
+    tl.store(grad_real_ptr + i, slope_r, mask=real)
+    tl.store(grad_fake_ptr + i - n_real, slope_f, mask=fake)
+    if REDUCTION == 0:
+        tl.store(loss_ptr + i, value_r * W_R + value_f * W_F, mask=inside)
+    v_r = tl.sum(value_r, axis=0)
+    v_f = tl.sum(value_f, axis=0)
+    s_r = tl.sum(tl.where(real, sigmoid, 0.0), axis=0)
+    s_f = tl.sum(tl.where(fake, sigmoid, 0.0), axis=0)
+    right = tl.sum(((real & (a > 0)) | (fake & (a <= 0))).to(COMPUTE), axis=0)
+    if partial_ptr is None:
+        _finish(loss_ptr, stats_ptr, v_r, v_f, s_r, s_f, right, n_real, n, W_R, W_F, REDUCTION)
+    else:
+        row = partial_ptr + tl.program_id(0).to(tl.int64) * 8
+        tl.store(row, v_r)
+        tl.store(row + 1, v_f)
+        tl.store(row + 2, s_r)
+        tl.store(row + 3, s_f)
+        tl.store(row + 4, right)
+
+
+@triton.jit(do_not_specialize=["n_real", "n", "rows"])
+def _finish_kernel(
+    partial_ptr,
+    loss_ptr,
+    stats_ptr,
+    n_real,
+    n,
+    rows,
+    W_R: tl.constexpr,
+    W_F: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """The rows of partial [rows, 8], summed in a fixed order by one program."""
+    lane = tl.arange(0, 8)
+    total = tl.zeros((SIZE, 8), partial_ptr.dtype.element_ty)
+    for step in range(tl.cdiv(rows, SIZE)):
+        row = step * SIZE + tl.arange(0, SIZE).to(tl.int64)
+        total += tl.load(
+            partial_ptr + row[:, None] * 8 + lane[None, :], mask=(row[:, None] < rows) & (lane[None, :] < 5), other=0.0
+        )
+    sums = tl.sum(total, axis=0)
+    v_r = tl.sum(tl.where(lane == 0, sums, 0.0), axis=0)
+    v_f = tl.sum(tl.where(lane == 1, sums, 0.0), axis=0)
+    s_r = tl.sum(tl.where(lane == 2, sums, 0.0), axis=0)
+    s_f = tl.sum(tl.where(lane == 3, sums, 0.0), axis=0)
+    right = tl.sum(tl.where(lane == 4, sums, 0.0), axis=0)
+    _finish(loss_ptr, stats_ptr, v_r, v_f, s_r, s_f, right, n_real, n, W_R, W_F, REDUCTION)
+
+
+@triton.jit(do_not_specialize=["n_real", "n"])
+def _grad2_kernel(
+    a_ptr,
+    b_ptr,
+    tr_ptr,
+    tf_ptr,
+    g_ptr,
+    c_ptr,
+    out_ptr,
+    n_real,
+    n,
+    target_real: tl.float64,
+    target_fake: tl.float64,
+    TERM_R: tl.constexpr,
+    W_R: tl.constexpr,
+    TERM_F: tl.constexpr,
+    W_F: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """out = g * c * curvature, scaled as the gradient is; g is one number unless REDUCTION is 0."""
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = i < n
+    real = inside & (i < n_real)
+    a = _logits(a_ptr, b_ptr, i, inside, n_real, out_ptr.dtype.element_ty)
+    _, _, curvature_r, _ = _term(a, _targets(tr_ptr, target_real, i, real, a), TERM_R)
+    _, _, curvature_f, _ = _term(a, _targets(tf_ptr, target_fake, i - n_real, inside & (i >= n_real), a), TERM_F)
+    curvature_r = curvature_r * _scale(a, n_real, W_R, REDUCTION) if W_R != 0 else tl.zeros_like(a)
+    curvature_f = curvature_f * _scale(a, n - n_real, W_F, REDUCTION) if W_F != 0 else tl.zeros_like(a)
+    g = tl.load(g_ptr + i, mask=inside, other=0.0) if REDUCTION == 0 else tl.load(g_ptr)
+    c = tl.load(c_ptr + i, mask=inside, other=0.0)
+    tl.store(out_ptr + i, g * c * tl.where(real, curvature_r, curvature_f), mask=inside)
+
+
+def gan_loss(
+    a: Tensor,
+    b: Tensor | None,
+    n_real: int,
+    term_real: int,
+    weight_real: float,
+    target_real: float,
+    targets_real: Tensor | None,
+    term_fake: int,
+    weight_fake: float,
+    target_fake: float,
+    targets_fake: Tensor | None,
+    reduction: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss, stats [3], grad of a, grad of b ([0] without b)."""
+    n = a.numel() + (0 if b is None else b.numel())
+    compute = torch.float64 if a.dtype == torch.float64 else torch.float32
+    loss = a.new_empty(n if reduction == 0 else (), dtype=compute)
+    stats, grad_a = a.new_empty(3, dtype=compute), a.new_empty(a.shape, dtype=compute)
+    grad_b = a.new_empty(0 if b is None else b.shape, dtype=compute)
+    size = power_of_two(n) if n <= ONE_PROGRAM else BLOCK
+    programs = max(ceil_div(n, size), 1)
+    partial = a.new_empty(programs, 8, dtype=compute) if programs > 1 else None
+    with on_device(a):
+        _loss_kernel[(programs,)](
+            a,
+            b,
+            targets_real,
+            targets_fake,
+            loss,
+            stats,
+            grad_a,
+            grad_a.view(-1)[n_real:] if b is None else grad_b,
+            partial,
+            n_real,
+            n,
+            target_real,
+            target_fake,
+            TERM_R=term_real,
+            W_R=weight_real,
+            TERM_F=term_fake,
+            W_F=weight_fake,
+            REDUCTION=reduction,
+            SIZE=size,
+            num_warps=max(size // 256, 4),
+        )
+        if partial is not None:
+            _finish_kernel[(1,)](
+                partial,
+                loss,
+                stats,
+                n_real,
+                n,
+                programs,
+                W_R=weight_real,
+                W_F=weight_fake,
+                REDUCTION=reduction,
+                SIZE=BLOCK,
+                num_warps=8,
+            )
+    return loss, stats, grad_a, grad_b
+
+
+def gan_loss_grad2(
+    a: Tensor,
+    b: Tensor | None,
+    n_real: int,
+    term_real: int,
+    weight_real: float,
+    target_real: float,
+    targets_real: Tensor | None,
+    term_fake: int,
+    weight_fake: float,
+    target_fake: float,
+    targets_fake: Tensor | None,
+    reduction: int,
+    g: Tensor,
+    c: Tensor,
+) -> Tensor:
+    """g * c * curvature, [N]."""
+    out = torch.empty_like(c)
+    if out.numel() == 0:
+        return out
+    size = min(power_of_two(out.numel()), BLOCK)
+    with on_device(a):
+        _grad2_kernel[(ceil_div(out.numel(), size),)](
+            a,
+            b,
+            targets_real,
+            targets_fake,
+            g,
+            c,
+            out,
+            n_real,
+            out.numel(),
+            target_real,
+            target_fake,
+            TERM_R=term_real,
+            W_R=weight_real,
+            TERM_F=term_fake,
+            W_F=weight_fake,
+            REDUCTION=reduction,
+            SIZE=size,
+        )
+    return out

@@ -1,0 +1,420 @@
+"""The benches' own machinery: alternation, gate, replay through pytest-benchmark, reports, and gpu.sh up to the GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import bench_gan_loss, bench_linear_lrelu, bench_train_step, report, support
+from bench.support import OpGroup, Outputs, Settings, Work
+from gankern import backend, gan_loss, linear_lrelu
+from gankern.ops.gan_loss import GanLoss
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+BENCH = "bench/bench_gan_loss.py"
+
+
+class Doubling(OpGroup):
+    """y = 2x by three rivals, one of them wrong."""
+
+    def __init__(self) -> None:
+        super().__init__("doubling", ["eager", "right", "wrong"], Work(), "fp32", CPU)
+        self.closed = False
+
+    def function(self, rival: str) -> Callable[[Tensor], Outputs]:
+        factor = 2.001 if rival == "wrong" else 2.0
+        return lambda x: {"y": factor * x}
+
+    def inputs(self, exact: bool) -> list[Tensor]:
+        return [torch.randn(8)]
+
+    def expected(self, inputs64: list[Tensor], got: Outputs) -> Outputs:
+        return {"y": 2 * inputs64[0]}
+
+    def close(self) -> None:
+        super().close()
+        self.closed = True
+
+
+# --- alternation and gate --------------------------------------------------------------------------------------------------
+
+
+def test_every_rival_is_sampled_in_every_round_and_the_order_rotates() -> None:
+    log: list[str] = []
+    inside: list[str] = []
+
+    @contextmanager
+    def context(name: str) -> Iterator[None]:
+        inside.append(name)
+        yield
+        assert inside.pop() == name
+
+    def call(name: str) -> Callable[[], None]:
+        def run() -> None:
+            assert inside == [name]
+            log.append(name)
+
+        return run
+
+    samples = support.alternate({n: call(n) for n in "abc"}, rounds=4, inner={"a": 2, "b": 1, "c": 1}, context=context)
+    assert {name: len(values) for name, values in samples.items()} == {"a": 4, "b": 4, "c": 4}
+    assert all(value > 0 for values in samples.values() for value in values)
+    assert "".join(log) == "caab" + "aabc" + "bcaa" + "caab" + "aabc"  # the warm-up first
+
+
+def test_a_sample_is_the_time_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(support, "clock", lambda device: now[0])
+
+    def call() -> None:
+        now[0] += 0.25
+
+    assert support.alternate({"a": call}, rounds=2, inner=8) == {"a": [0.25, 0.25]}
+    assert support.calls_per_sample(call, CPU, seconds=3.0) == (14, 0.25)  # ceil(1.1 * 3 / 0.25)
+
+
+def test_a_slowing_machine_does_not_change_the_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, factor = [0.0], [1.0]
+    monkeypatch.setattr(support, "clock", lambda device: now[0])
+
+    def call(seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            now[0] += seconds * factor[0]
+            factor[0] *= 1.01  # 1 % slower after every call: three times slower at the end
+
+        return run
+
+    samples = support.alternate({"eager": call(2.0), "gankern": call(1.0)}, rounds=60)
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    assert abs(medians["eager"] / medians["gankern"] - 2) < 0.03
+
+
+def test_a_wrong_rival_has_no_number() -> None:
+    group = Doubling()
+    samples, inner, problems = support.measure(group, rounds=3)
+    assert set(samples) == set(inner) == {"eager", "right"}
+    assert all(len(values) == 3 for values in samples.values())
+    assert set(problems) == {"wrong"}
+    assert isinstance(problems["wrong"], AssertionError)
+    assert "y: relative error 0.0005 against float64" in str(problems["wrong"])
+    assert group.closed
+
+
+def test_nothing_is_measured_where_eager_itself_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Doubling()
+    monkeypatch.setattr(group, "expected", lambda inputs64, got: {"y": 3 * inputs64[0]})
+    samples, _, problems = support.measure(group, rounds=1)
+    assert samples == {}
+    assert set(problems) == {"eager", "right", "wrong"}
+
+
+@pytest.mark.parametrize(
+    ("got", "words"),
+    [
+        ({"a": torch.tensor([1.0, 2.0])}, "outputs must be"),
+        ({"a": torch.tensor([1.0, 2.0]), "b": torch.ones(1), "c": torch.ones(1)}, "outputs must be"),
+        ({"a": torch.tensor([1.0, 2.1]), "b": torch.ones(1)}, "a: relative error"),
+        ({"a": torch.tensor([1.0, float("nan")]), "b": torch.ones(1)}, "a: relative error nan"),
+        ({"a": torch.ones(1), "b": torch.ones(1)}, "a: 1 elements, expected 2"),
+    ],
+)
+def test_the_comparison_refuses(got: Outputs, words: str) -> None:
+    want: Outputs = {"a": (torch.tensor([1.0]), torch.tensor([2.0])), "b": torch.ones(1)}
+    support.assert_close({"a": torch.tensor([1.0, 2.0]), "b": torch.ones(1)}, want, 1e-3)
+    support.assert_close({"a": torch.tensor([1.0, 2.0])}, want, 1e-3, optional=["b"])
+    with pytest.raises(AssertionError, match=words):
+        support.assert_close(got, want, 1e-3)
+
+
+def test_the_gates_of_the_ops_see_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(CPU)
+    groups = {g.name: g for g in bench_linear_lrelu.groups(settings)} | {g.name: g for g in bench_gan_loss.groups(settings)}
+    for name in ("forward fp32 16x128", "backward fp32 16x128", "double fp32 16x128", "double dropout fp32 16x256"):
+        groups[name].check("gankern")
+        with monkeypatch.context() as patch:  # another slope
+            patch.setattr(bench_linear_lrelu, "linear_lrelu", lambda x, w, b, slope, p: linear_lrelu(x, w, b, 0.3, p))
+            groups[name].close()
+            with pytest.raises(AssertionError, match="relative error"):
+                groups[name].check("gankern")
+    for name in ("forward 16", "backward 16", "double 16"):
+        for rival in ("gankern", "gankern-vector"):
+            groups[name].check(rival)
+            with monkeypatch.context() as patch:
+                patch.setattr(bench_gan_loss, "gan_loss", scaled)
+                groups[name].close()
+                with pytest.raises(AssertionError, match="loss: relative error"):
+                    groups[name].check(rival)
+            groups[name].close()
+
+
+def scaled(*args: Any, **options: Any) -> GanLoss:
+    out = gan_loss(*args, **options)
+    return GanLoss(1.001 * out.loss, out.stats)
+
+
+def test_a_dropout_rate_that_is_not_the_asked_one_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    (group,) = [g for g in bench_linear_lrelu.groups(Settings(CPU)) if g.name == "forward dropout fp32 64x512"]
+    monkeypatch.setattr(
+        bench_linear_lrelu, "linear_lrelu", lambda x, w, b, slope, p: linear_lrelu(x, w, b, slope, 0.33) * 0.67 / 0.7
+    )
+    with pytest.raises(AssertionError, match=r"dropout 0\.3"):
+        group.check("gankern")
+
+
+def test_exact_inputs_leave_no_sign_to_rounding() -> None:
+    for name in ("forward fp32 16x1024", "forward fp32 1024x128"):
+        (group,) = [g for g in bench_linear_lrelu.groups(Settings(CPU)) if g.name == name]
+        assert isinstance(group, OpGroup)
+        x, weight, bias, _ = group.inputs(exact=True)
+        z = x.double() @ weight.double().T + bias.double()
+        assert torch.equal((x @ weight.T + bias).double(), z)
+        assert (z != 0).all()
+        assert all(torch.equal(t.bfloat16().float(), t) for t in (x, weight, bias))
+
+
+def test_the_whole_step_agrees_and_a_wrong_rate_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = bench_train_step.groups(Settings(CPU))[0]
+    for rival in group.rivals:
+        group.check(rival)
+    real = bench_train_step.gankern
+
+    def other_rate(setting: bench_train_step.Setting) -> bench_train_step.Step:
+        return real(setting._replace(config=dataclasses.replace(setting.config, lr_d=1e-3)))
+
+    monkeypatch.setattr(bench_train_step, "gankern", other_rate)
+    with pytest.raises(AssertionError, match="d_loss: relative error"):
+        group.check("gankern")
+
+
+def test_the_triton_interpreter_is_never_timed() -> None:
+    if backend.triton_problem("cpu"):
+        pytest.skip(backend.triton_problem("cpu"))
+    assert support.gankern_rivals(CPU)[:2] == ["gankern", "gankern-reference"]
+    assert "gankern-triton" not in support.gankern_rivals(CPU)
+
+
+# --- rows of pytest-benchmark ----------------------------------------------------------------------------------------------
+
+
+def pytest_on(file: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """pytest in a process of its own, on the CPU."""
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "GANKERN_BACKEND")} | environment
+    command = [sys.executable, "-m", "pytest", file, "--bench-device", "cpu", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A bench run of two groups in three rounds, and its JSON."""
+    path = tmp_path_factory.mktemp("bench") / "run.json"
+    words = ["-k", "double-16- or double-256-", "--bench-rounds", 3]
+    return path, pytest_on(BENCH, *words, "--benchmark-json", path)
+
+
+def test_a_run_replays_alternated_samples(run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    path, done = run
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ratio to eager, worst first" in done.stdout
+    assert "automatic choice: 2 groups" in done.stdout
+    benchmarks = json.loads(path.read_text())["benchmarks"]
+    rivals = {"eager", "eager-stats", *support.gankern_rivals(CPU), "gankern-vector"}
+    assert {b["group"] for b in benchmarks} == {"gan_loss double 16", "gan_loss double 256"}
+    for group in ("double 16", "double 256"):
+        rows = {b["params"]["rival"]: b for b in benchmarks if b["params"]["group"] == group}
+        assert rows.keys() == rivals
+        eager = rows["eager"]["stats"]["median"]
+        for row in rows.values():
+            stats, facts = row["stats"], row["extra_info"]
+            assert len(stats["data"]) == stats["rounds"] == 3
+            assert stats["iterations"] == facts["calls_per_sample"] >= 1
+            assert facts["ratio_to_eager"] == pytest.approx(eager / stats["median"])
+            assert facts["bytes"] == 4 * 2 * int(group.split()[1]) * 4
+            assert facts["share_of_floor"] > 0
+            assert row["options"]["timer"] == "replayed_clock"
+    machine = json.loads(path.read_text())["machine_info"]
+    assert machine["gankern"]["torch"] == torch.__version__
+    assert "node" not in machine
+
+
+def test_a_saved_run_can_be_compared_with(run: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    small = tmp_path / "small.json"
+    assert report.main([str(run[0]), "--compact", str(small)]) == 0
+    assert "data" not in json.loads(small.read_text())["benchmarks"][0]["stats"]
+    done = pytest_on(BENCH, "-q", "-k", "double-16-", "--bench-rounds", 2, f"--benchmark-compare={small}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bench_gan_loss[double-16-gankern] (NOW)" in done.stdout
+    assert "bench_gan_loss[double-16-gankern] (" in done.stdout.replace("(NOW)", "")
+
+
+def test_a_forced_backend_and_a_passed_limit_are_said() -> None:
+    done = pytest_on(BENCH, "-q", GANKERN_BACKEND="reference")
+    assert done.returncode == 4
+    assert "GANKERN_BACKEND must be unset for benches, got reference" in done.stderr
+    done = pytest_on(BENCH, "-q", "-k", "double-16-", "--bench-seconds", 1e-6)
+    assert done.returncode == 0
+    assert "the time limit of --bench-seconds was reached" in done.stdout
+
+
+# --- reports ---------------------------------------------------------------------------------------------------------------
+
+
+def made_up(file: str = "op", gankern: float = 1.0, **facts: Any) -> dict[str, Any]:
+    """A JSON of pytest-benchmark: eager 2 ms, gankern `gankern` ms, compile 4 ms, in one group."""
+    medians = {"eager": 2.0, "compile": 4.0, "gankern": gankern}
+    return {
+        "machine_info": {
+            "cpu": {"brand_raw": "Some CPU", "count": 2},
+            "machine": "x86_64",
+            "system": "Linux",
+            "python_version": "3.12.1",
+            "gankern": {"torch": "2.13.0", "triton": "3.7.1", "gpu": "Some GPU", "driver": "580.1", "threads": 2},
+        },
+        "commit_info": {"id": "abc", "dirty": False},
+        "datetime": "2026-11-21T10:00:00+00:00",
+        "benchmarks": [
+            {
+                "group": f"{file} forward 16",
+                "params": {"group": "forward 16", "rival": rival},
+                "stats": {"median": ms / 1e3, "iqr": ms / 1e4, "data": [ms / 1e3]},
+                "extra_info": {"ratio_to_eager": 2.0 / ms, **facts},
+            }
+            for rival, ms in medians.items()
+        ],
+    }
+
+
+def test_the_short_table_begins_with_the_worst_and_marks_losses() -> None:
+    rows = report.rows(made_up("good", 0.5)) + report.rows(made_up("bad", 2.5))
+    lines = report.short_table(rows)
+    assert lines == [
+        "group            eager    gankern     compile",
+        "bad forward 16   2.00 ms  0.80x LOSS  0.50x LOSS",
+        "good forward 16  2.00 ms  4.00x       0.50x LOSS",
+    ]
+    assert report.short_table(rows, limit=1) == [
+        "group           eager    gankern     compile",
+        "bad forward 16  2.00 ms  0.80x LOSS  0.50x LOSS",
+        "... and 1 more groups",
+    ]
+    assert report.counts(rows) == "automatic choice: 2 groups, 1 below 0.95x eager, least 0.80x, most 4.00x; " + (
+        "half of all rows spread less than 10% (IQR over median)"
+    )
+
+
+def test_the_markdown_names_the_machine_and_every_row() -> None:
+    runs = [made_up("one", share_of_floor=0.25, gb_per_s=12.3), made_up("two", 2.5, images_per_s=4321.0)]
+    text = report.markdown(runs)
+    for line in (
+        "- CPU: Some CPU, 2 cores, Linux",
+        "- gpu: Some GPU",
+        "- driver: 580.1",
+        "- torch: 2.13.0",
+        "- triton: 3.7.1",
+        "- date: 2026-11-21",
+        "| group | eager | compile | gankern | IQR | GB/s | of floor |",
+        "| forward 16 | 2.00 ms | 4.00 ms (**0.50x**) | 1.00 ms (2.00x) | 10% | 12.3 | 25% |",
+        "| group | eager | compile | gankern | IQR | images/s |",
+        "| forward 16 | 2.00 ms | 4.00 ms (**0.50x**) | 2.50 ms (**0.80x**) | 10% | 4,321 |",
+    ):
+        assert line in text.splitlines(), text
+    runs[1]["machine_info"]["gankern"]["torch"] = "2.12.1"
+    with pytest.raises(ValueError, match="one machine"):
+        report.markdown(runs)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(1.234e-6, "1.23 us"), (45.67e-6, "45.7 us"), (999e-6, "999 us"), (1e-3, "1.00 ms"), (12.0, "12.0 s")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert report.duration(seconds) == text
+
+
+def test_the_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, table = tmp_path / "a.json", tmp_path / "a.md"
+    path.write_text(json.dumps(made_up()))
+    assert report.main([str(path), "--markdown", str(table)]) == 0
+    assert "op forward 16  2.00 ms  2.00x" in capsys.readouterr().out
+    assert table.read_text().startswith("# Bench results\n")
+    assert report.main([str(tmp_path / "none.json")]) == 1
+    assert capsys.readouterr().err.startswith("report: ")
+    path.write_text("{}")
+    assert report.main([str(path)]) == 1
+
+
+# --- gpu.sh ----------------------------------------------------------------------------------------------------------------
+
+
+def test_gpu_script_is_valid_bash_and_stays_within_ten_minutes() -> None:
+    script = (ROOT / "bench" / "gpu.sh").read_text()
+    assert subprocess.run(["bash", "-n", "bench/gpu.sh"], cwd=ROOT, check=False).returncode == 0
+    limits = [int(word.split("=")[1].strip(")")) for word in script.split("declare -A LIMIT=(")[1].split(")\n")[0].split()]
+    assert len(limits) == 10
+    assert sum(limits) == 550 < 600
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_script_without_a_gpu_says_so_in_one_sentence(tmp_path: Path) -> None:
+    done = gpu_script(sys.executable, tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("make gpu: no NVIDIA GPU that PyTorch can use was found (torch ")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gpu_script_goes_on_after_a_failure(tmp_path: Path) -> None:
+    """With a python3 that pretends: every step passes but the tests."""
+    out, fake = tmp_path / "out", tmp_path / "python3"
+    cases = {
+        "-": "cat >/dev/null",
+        "-c*": "exit 1",
+        "*tests/ops*": 'echo "3 failed, 7 passed"; exit 1',
+        "*gpu_smoke\\ train*": 'echo "1,000 images/s"',
+        "*bench_train_step.py*": 'echo "{}" >"$OUT/bench_train_step.json"',
+    }
+    fake.write_text('#!/bin/sh\ncase "$*" in\n' + "".join(f"  {case}) {does} ;;\n" for case, does in cases.items()) + "esac\n")
+    fake.chmod(0o755)
+    done = gpu_script(str(fake), out)
+    assert done.returncode == 1, done.stderr
+    lines = done.stdout.split(" s in all\n")[1].splitlines()
+    results = {line[:14].strip(): line[15:43].strip() for line in lines[:10]}
+    assert list(results) == [
+        "build",
+        "doctor",
+        "tests",
+        "train",
+        "command",
+        "train_step",
+        "gan_loss",
+        "linear_lrelu",
+        "memcheck",
+        "racecheck",
+    ]
+    assert results["tests"] == "FAILED (status 1)"
+    assert results["command"].startswith("skipped")
+    assert {results[n] for n in ("doctor", "train", "train_step", "gan_loss", "linear_lrelu")} == {"passed"}
+    assert "1,000 images/s" in lines
+    assert "tests: 3 failed, 7 passed" in lines
+    assert {p.name for p in out.iterdir()} == {"summary.md", "logs.txt", "bench_train_step.json"}
+    summary = (out / "summary.md").read_text()
+    assert "| tests | FAILED (status 1) | 0 |" in summary
+    assert "tests: 3 failed, 7 passed" in summary
+    assert "===== tests: FAILED (status 1), 0 s:" in (out / "logs.txt").read_text()
+
+
+def gpu_script(interpreter: str, out: Path) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHON": interpreter, "OUT": str(out)}
+    return subprocess.run(["bash", "bench/gpu.sh"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)

@@ -1,0 +1,459 @@
+"""The commands: what they print, write and refuse."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import gankern
+from gankern import backend
+from gankern.cli import doctor, train
+from gankern.cli.common import Refused
+from gankern.cli.main import main, train_main
+from gankern.ops import gan_loss, linear_lrelu
+from gankern.training import PRESETS, TrainConfig
+from gankern.training.trainer import Trainer
+
+TINY = ["--z-dim", "4", "--g-widths", "8", "--d-widths", "8", "--batch-size", "16", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 colour images of 6 x 6."""
+    path = tmp_path_factory.mktemp("data") / "dots.npz"
+    np.savez(path, images=np.random.default_rng(0).integers(0, 256, (100, 3, 6, 6), dtype=np.uint8))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 20 steps with EMA; do not write to it."""
+    out = tmp_path_factory.mktemp("runs")
+    flags = ["--steps", "20", "--log-every", "6", "--sample-every", "10", "--checkpoint-every", "8", "--ema", "0.9"]
+    assert train_main(["gan", "--data", str(images), "--outdir", str(out), *TINY, *flags]) == 0
+    return out / "00000-gan-dots-b16"
+
+
+Capture = pytest.CaptureFixture[str]
+
+
+def refused(capsys: Capture, status: int, prog: str = "gankern-train") -> str:
+    """The one sentence on standard error of a command that was refused."""
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith(f"{prog}: ")
+    return err.removeprefix(f"{prog}: ").strip()
+
+
+# --- training
+
+
+def test_run_directory_holds_what_it_promises(run: Path) -> None:
+    names = {p.name for p in run.iterdir() if not p.name.startswith("events.out.tfevents.")}
+    pictures = {"reals.png", "fakes_init.png", "fakes000010.png", "fakes000020.png", "losses.png"}
+    assert names == {"config.json", "log.jsonl", "checkpoint-000016", "checkpoint-000020"} | pictures
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [6, 12, 18, 20]
+    for row in rows:
+        assert row.keys() == {"step", "time_s", "images_per_s", "d_loss", "g_loss", "d_real", "d_fake"}
+        assert row["images_per_s"] > 0
+        assert 0 < row["d_real"] < 1
+        assert 0 < row["d_fake"] < 1
+    assert rows[0]["time_s"] <= rows[-1]["time_s"]
+    config = json.loads((run / "config.json").read_text())
+    assert (config["preset"], config["shape"], config["images"]) == ("gan", [3, 6, 6], 100)
+    assert config["settings"]["ema"] == 0.9
+    assert config["versions"]["gankern"] == gankern.__version__
+    for name in ("reals.png", "fakes_init.png", "fakes000020.png"):
+        with Image.open(run / name) as picture:
+            assert (picture.size, picture.mode) == ((48, 48), "RGB")
+    pixels = {name: (run / name).read_bytes() for name in ("fakes_init.png", "fakes000010.png", "fakes000020.png")}
+    assert len(set(pixels.values())) == 3
+    assert {p.name for p in (run / "checkpoint-000020").iterdir()} == {"tensors.safetensors", "state.json"}
+
+
+def test_reals_are_the_data(run: Path, images: Path) -> None:
+    first = np.load(images)["images"][0].transpose(1, 2, 0)
+    assert np.array_equal(np.asarray(Image.open(run / "reals.png"))[:6, :6], first)
+
+
+def test_tensorboard_events(run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"loss/d_loss", "loss/g_loss", "score/d_real", "score/d_fake", "speed/images_per_s"}
+    assert [e.step for e in events.Scalars("loss/g_loss")] == [6, 12, 18, 20]
+    assert set(events.Tags()["images"]) == {"reals", "fakes"}
+
+
+def test_pictures_use_fixed_latents(run: Path, images: Path, tmp_path: Path) -> None:
+    """The same seed gives the same first picture, another seed another one."""
+    for number, seed in enumerate((0, 0, 1)):
+        flags = ["--steps", "1", "--ema", "0.9", "--seed", str(seed)]
+        assert train_main(["gan", "--data", str(images), "--outdir", str(tmp_path), *TINY, *flags]) == 0
+        same = (tmp_path / f"0000{number}-gan-dots-b16" / "fakes_init.png").read_bytes() == (run / "fakes_init.png").read_bytes()
+        assert same == (seed == 0)
+
+
+def test_quiet_without_a_terminal(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert train_main(["gan", "--data", str(images), "--outdir", str(tmp_path), *TINY, "--steps", "30", "--log-every", "5"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert [line.split()[0] for line in out.splitlines()] == ["new", "finished"]
+
+
+def test_plain_lines_now_and_then(images: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gankern.cli.progress.QUIET_S", 0.0)
+    assert train_main(["gan", "--data", str(images), "--outdir", str(tmp_path), *TINY, "--steps", "10", "--log-every", "5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:-1]] == [["step", "5/10"], ["step", "10/10"]]
+    assert all(word in lines[1] for word in (" img/s ", " D ", " G ", "D(x) ", "D(G(z)) ", "ETA 0:"))
+
+
+def test_live_bar_on_a_terminal(images: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert train_main(["gan", "--data", str(images), "--outdir", str(tmp_path), *TINY, "--steps", "10", "--log-every", "5"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("10/10", " img/s ", " D ", " G ", "D(x) ", "D(G(z)) ", "ETA 0:00:00"))
+
+
+def test_divergence_stops_the_run(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    flags = ["--steps", "50", "--log-every", "1", "--lr-d", "1e38", "--lr-g", "1e38"]
+    assert train_main(["gan", "--data", str(images), "--outdir", str(tmp_path), *TINY, *flags]) == 1
+    assert "gankern-train: training diverged: " in capsys.readouterr().err
+    (directory,) = tmp_path.iterdir()
+    for line in (directory / "log.jsonl").read_text().splitlines() if (directory / "log.jsonl").exists() else ():
+        json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
+def test_dry_run_tells_all_and_writes_nothing(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "runs"
+    assert train_main(["gan", "--data", str(images), "--outdir", str(out), "--dry-run", *TINY]) == 0
+    text = capsys.readouterr().out
+    assert not out.exists()
+    assert "batch_size         16" in text
+    assert "generator, 1,012 parameters" in text  # 4 * 8 + 8 + 8 * 108 + 108
+    assert "discriminator, 881 parameters" in text  # 108 * 8 + 8 + 8 + 1
+    assert "100 images [3, 6, 6]" in text
+    assert "device    cpu" in text
+    for op in ("linear_lrelu", "gan_loss"):
+        assert any(line.split()[0] == op and line.split()[1] in backend.NAMES for line in text.splitlines() if line.strip())
+
+
+def test_default_dry_run_is_the_mlp_gan_on_mnist(capsys: Capture) -> None:
+    assert train_main(["gan", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "60000 images [1, 28, 28]" in text
+    assert "generator, 1,486,352 parameters" in text
+    assert "discriminator, 1,460,225 parameters" in text
+
+
+def test_folder_of_pictures_with_broken_files(tmp_path: Path, capsys: Capture) -> None:
+    folder = tmp_path / "pics"
+    folder.mkdir()
+    for i in range(8):
+        Image.new("RGB", (9 + i, 12), (30 * i, 0, 0)).save(folder / f"{i}.png")
+    (folder / "bad.png").write_bytes(b"no picture")
+    flags = ["--size", "8", "--channels", "1", "--batch-size", "4", "--steps", "2"]
+    assert train_main(["gan", "--data", str(folder), "--outdir", str(tmp_path / "runs"), *TINY[:-4], *flags]) == 0
+    out = capsys.readouterr().out
+    assert "skipped 1 unreadable file" in out
+    assert "bad.png" in out
+    assert "8 images of pics [1, 8, 8]" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "a preset must be named: gan (see gankern-train --help)"),
+        (["wgan9"], "preset must be one of gan, got 'wgan9'"),
+        (["gan", "--stepz", "3"], "Unrecognized options: --stepz, 3 (see gankern-train gan --help)"),
+        (["gan", "--steps", "many"], "Error parsing --steps: invalid literal for int() with base 10: 'many'"),
+        (["gan", "--steps", "0"], "train: steps must be a finite number >= 1, got 0"),
+        (["gan", "--precision", "fp8"], "invalid choice 'fp8' for argument '--precision'"),
+        (["gan", "--precision", "tf32"], "train: precision must be fp32 or bf16 on cpu, got tf32"),
+        (["gan", "--device", "tpu"], "device must be auto, cpu or cuda[:number], got 'tpu'"),
+        (["gan", "--device", "cuda:99"], "device must be one that torch"),
+        (["gan", "--data", "/nowhere/x"], "data: source must be mnist, a folder"),
+        (["gan", "--batch-size", "70000"], "data: batch_size must be at most the 60000 images of mnist, got 70000"),
+        (["gan", "--outdir", "{file}/runs"], "Not a directory: {file}/runs"),
+        (["gan", "--resume", "/nowhere/x"], "run: /nowhere/x must be a run directory or a checkpoint, got no such directory"),
+        (["gan", "--resume", "{dir}"], "run: {dir} must be a run directory with a config.json, got none there"),
+    ],
+)
+def test_train_refuses(flags: list[str], sentence: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "dir").mkdir()
+    places = {"file": str(tmp_path / "file"), "dir": str(tmp_path / "dir")}
+    device = ["--device", "cpu"] if len(flags) > 1 and "--device" not in flags else []
+    status = train_main([f.format(**places) for f in flags] + device)
+    assert refused(capsys, status).startswith(sentence.format(**places))
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "dir"}
+
+
+class Terminal(io.StringIO):
+    """A standard output of which tyro asks whether it may draw boxes and use colours."""
+
+    def __init__(self, encoding: str, colours: bool) -> None:
+        super().__init__()
+        self._encoding, self.colours = encoding, colours
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._encoding
+
+    def isatty(self) -> bool:
+        return self.colours
+
+
+@pytest.mark.parametrize(
+    "terminal", [Terminal("utf-8", True), Terminal("utf-8", False), Terminal("ascii", True), Terminal("ascii", False)]
+)
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--steps", "x"], "Error parsing --steps: invalid literal for int() with base 10: 'x'"),
+        (["--steps", "0"], "train: steps must be a finite number >= 1, got 0"),
+        (["--stepz", "3"], "Unrecognized options: --stepz, 3"),
+    ],
+)
+def test_bad_flags_on_any_terminal(terminal: Terminal, flags: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with pytest.raises(Refused) as refusal:
+        train.parse("gan", flags)
+    assert str(refusal.value) == f"{sentence} (see gankern-train gan --help)"
+
+
+def test_forced_backend_that_cannot_run_is_refused(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "problem", lambda name, device: "it is not there" if name == "triton" else "")
+    with gankern.use_backend("triton"):
+        status = train_main(["gan", "--device", "cpu", "--dry-run"])
+    assert refused(capsys, status).endswith("got 'triton': it is not there")
+
+
+def test_missing_extra_says_how_to_install_it(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in ("rich", "tyro") else find(name, *a))
+    status = train_main(["gan"])
+    assert refused(capsys, status) == 'tyro, rich must be installed for this: pip install "gankern[train]"'
+
+
+def test_help_explains_every_setting(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        train_main(["gan", "--help"])
+    assert not stop.value.code
+    text = capsys.readouterr().out
+    for name in TrainConfig.__dataclass_fields__:
+        flag = f"--{name.replace('_', '-')}"
+        assert flag in text
+        after = " ".join(text.split(flag, 1)[1].replace("│", " ").split())
+        assert "." in after.split("(default:")[0], f"{flag} has no help"
+
+
+def test_flags_are_the_inverse_of_parsing() -> None:
+    words = ["--g-widths", "3", "4", "--no-ema-warmup", "--lr-g", "0.001", "--data", "my data", "--dry-run", "--size", "9"]
+    config = train.parse("gan", words)
+    assert (config.g_widths, config.ema_warmup, config.lr_g, config.data, config.dry_run) == ((3, 4), False, 1e-3, "my data", True)
+    assert train.parse("gan", train.flags("gan", config)) == config
+    assert train.flags("gan", PRESETS["gan"].config) == []
+
+
+# --- gankern, sample, presets
+
+
+def test_gankern_itself(capsys: Capture) -> None:
+    assert main(["--help"]) == 0
+    assert "doctor" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{gankern.__version__}\n"
+    assert main(["presets"]) == 0
+    assert all(name in capsys.readouterr().out for name in PRESETS)
+    assert train_main(["--help"]) == 0
+    assert "gan " in capsys.readouterr().out
+    assert "command must be train, sample, presets or doctor, got 'fly'" in refused(capsys, main(["fly"]), "gankern")
+
+
+def sample(run: Path, out: Path, *flags: str) -> int:
+    return main(["sample", str(run), "--out", str(out), "--device", "cpu", *flags])
+
+
+def test_sample_npz(run: Path, tmp_path: Path, capsys: Capture) -> None:
+    def draw(*flags: str) -> np.ndarray[Any, Any]:
+        assert sample(run, tmp_path / "x.npz", *flags) == 0
+        with np.load(tmp_path / "x.npz") as file:
+            assert file.files == ["samples"]
+            return np.array(file["samples"])
+
+    first = draw("--n", "7", "--seed", "3")
+    assert "7 samples of" in capsys.readouterr().out
+    assert (first.shape, first.dtype) == ((7, 3, 6, 6), np.float32)
+    assert first.min() >= -1
+    assert first.max() <= 1
+    assert np.array_equal(first, draw("--n", "7", "--seed", "3"))
+    assert np.array_equal(first, draw("--n", "7", "--seed", "3", "--weights", "ema"))
+    assert not np.array_equal(first, draw("--n", "7", "--seed", "4"))
+    assert not np.array_equal(first, draw("--n", "7", "--seed", "3", "--weights", "last"))
+    assert sample(run / "checkpoint-000016", tmp_path / "old.npz", "--n", "7", "--seed", "3") == 0
+    assert not np.array_equal(first, np.load(tmp_path / "old.npz")["samples"])
+
+
+def test_sample_png_and_folder_show_the_same(run: Path, tmp_path: Path) -> None:
+    assert sample(run, tmp_path / "x.png", "--n", "10") == 0
+    assert sample(run, tmp_path / "deep" / "folder", "--n", "10") == 0
+    grid = np.asarray(Image.open(tmp_path / "x.png"))
+    assert grid.shape == (18, 24, 3)
+    files = sorted((tmp_path / "deep" / "folder").iterdir())
+    assert [p.name for p in files] == [f"{i}.png" for i in range(10)]
+    for i, path in enumerate(files):
+        row, column = divmod(i, 4)
+        cell = grid[6 * row : 6 * row + 6, 6 * column : 6 * column + 6]
+        assert np.array_equal(np.asarray(Image.open(path)), cell)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--n", "0"], "--n must be >= 1, got 0"),
+        (["--n", "some"], "argument --n: invalid int value: 'some' (see gankern sample --help)"),
+        (["--seed", "-1"], "--seed must be in [0, 2^62), got -1"),
+        (["--out", "x.gif"], "--out must end in .png or .npz or be a folder, got 'x.gif'"),
+        (["--class", "3"], "--class must be left out: the model of preset gan has no classes, got 3"),
+        (["--weights", "best"], "argument --weights: invalid choice: 'best'"),
+        (["--device", "tpu"], "device must be auto, cpu or cuda[:number], got 'tpu'"),
+        (["--out", "/dev/null/x.png"], "File exists: /dev/null"),
+    ],
+)
+def test_sample_refuses(flags: list[str], sentence: str, run: Path, capsys: Capture) -> None:
+    capsys.readouterr()
+    assert refused(capsys, main(["sample", str(run), *flags]), "gankern sample").startswith(sentence)
+
+
+def test_sample_needs_a_run_with_a_checkpoint(run: Path, tmp_path: Path, capsys: Capture) -> None:
+    capsys.readouterr()
+    assert "no such directory" in refused(capsys, main(["sample", str(tmp_path / "no")]), "gankern sample")
+    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    assert "must have a checkpoint, got none" in refused(capsys, main(["sample", str(tmp_path)]), "gankern sample")
+    (tmp_path / "config.json").write_text("{")
+    assert "must be JSON" in refused(capsys, main(["sample", str(tmp_path)]), "gankern sample")
+    settings = json.loads((run / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"preset": "lost"}))
+    (tmp_path / "checkpoint-000001").mkdir()
+    assert "must be of a known preset" in refused(capsys, main(["sample", str(tmp_path)]), "gankern sample")
+
+
+# --- doctor
+
+
+def test_doctor_reports_and_succeeds(capsys: Capture) -> None:
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for word in (f"gankern {gankern.__version__}", f"torch {torch.__version__}", "devices", "C++ for CPU", "CUDA", "Triton"):
+        assert word in text
+    for op in ("linear_lrelu", "gan_loss"):
+        (line, *_) = [line for line in text.splitlines() if line.strip().startswith(op)]
+        assert any(name in line for name in backend.NAMES)
+        assert "automatic choice, from measurement" in line
+    if not backend.CPU_PROBLEM:
+        assert "stable ABI of torch 2." in text
+
+
+def test_doctor_says_what_is_forced(capsys: Capture) -> None:
+    with gankern.use_backend("reference"):
+        assert main(["doctor"]) == 0
+    assert "linear_lrelu  reference: forced" in capsys.readouterr().out
+
+
+def test_doctor_fails_on_a_broken_library(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "CUDA_PROBLEM", "built but broken: undefined symbol: f")
+    assert main(["doctor"]) == 1
+    assert "broken: CUDA: built but broken: undefined symbol: f" in capsys.readouterr().out
+
+
+def wrong_numbers(kernels: Any) -> Any:
+    def act(*arguments: Any) -> Any:
+        y, bits = kernels.linear_lrelu_act(*arguments)
+        return y + 1.0, bits
+
+    return SimpleNamespace(linear_lrelu_act=act, linear_lrelu_act_grad=kernels.linear_lrelu_act_grad)
+
+
+def crash(*_: Any) -> Any:
+    raise RuntimeError("illegal\ninstruction")
+
+
+@pytest.mark.parametrize(
+    ("module", "broken", "sentence"),
+    [
+        (linear_lrelu, wrong_numbers, "linear_lrelu on cpu with backend {} differs from the reference"),
+        (gan_loss, lambda _: SimpleNamespace(gan_loss=crash), "gan_loss on cpu with backend {}: RuntimeError: illegal instruction"),
+    ],
+)
+def test_doctor_finds_a_kernel_that_does_not_work(
+    module: ModuleType, broken: Callable[[Any], Any], sentence: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    able = [name for name in backend.NAMES[1:] if not backend.problem(name, "cpu")]
+    if not able:
+        pytest.skip("only the reference can run here")
+    kernels = module._kernels
+    monkeypatch.setattr(module, "_kernels", lambda name: broken(kernels(name)))
+    assert main(["doctor"]) == 1
+    assert f"broken: {sentence.format(able[0])}" in capsys.readouterr().out
+
+
+def test_doctor_tells_choices_that_depend_on_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_lrelu, "_choose", lambda x, weight, p: "compiled" if len(x) <= 64 else "reference")
+    rows = {op: name for op, name, _ in doctor.backends(torch.device("cpu"))}
+    assert rows["linear_lrelu"] == "compiled (batch 16, 64), reference (batch 256, 1024)"
+
+
+@pytest.fixture
+def fresh() -> Callable[..., subprocess.CompletedProcess[str]]:
+    def run_python(code: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+    return run_python
+
+
+def test_help_and_doctor_load_no_plotting(fresh: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    code = (
+        "import sys; from gankern.cli.main import main\n"
+        "assert main(['train', '--help']) == 0 and main(['doctor']) == 0\n"
+        "heavy = {'matplotlib', 'tensorboard', 'PIL', 'rich', 'tyro'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = fresh(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_m_gankern() -> None:
+    done = subprocess.run([sys.executable, "-m", "gankern", "fly"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("gankern: command must be")
+
+
+def test_faults_in_the_work_are_not_dressed_up(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*_: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Trainer, "step", fault)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train_main(["gan", "--data", str(images), "--outdir", str(tmp_path), *TINY, "--steps", "2"])

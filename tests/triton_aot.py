@@ -1,0 +1,145 @@
+"""Compiles every Triton kernel of gankern ahead of time, without a GPU, and prints what each needs; run by test_triton_aot.py.
+
+The real launchers are called, on CPU tensors, with a driver that names an architecture instead of a device: Triton then
+specialises and compiles as it would before a launch, and nothing is launched. So what is compiled is what a GPU would run.
+Prints a JSON list of all kernels, then an object for each compiled one: kernel, case, sm, reg, stack, local, shared (bytes).
+Not to be run under TRITON_INTERPRET=1, which replaces the compiler.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import gankern.triton
+from gankern.triton import gan_loss as losses
+from gankern.triton import linear_lrelu as linear
+
+Case = tuple[str, Callable[[], object]]
+
+
+def kernels() -> dict[str, JITFunction]:
+    """Every kernel of the package: gankern.triton.<file>.<name>_kernel."""
+    found = {}
+    for info in pkgutil.iter_modules(gankern.triton.__path__):
+        module = importlib.import_module(f"gankern.triton.{info.name}")
+        for name, value in vars(module).items():
+            if isinstance(value, JITFunction) and name.endswith("_kernel"):
+                found[f"{info.name}.{name}"] = value
+    return found
+
+
+class Architecture:
+    """Stands where Triton's CUDA driver would: one "device" for each architecture."""
+
+    def __init__(self, sm: int) -> None:
+        self.sm = sm
+
+    def get_current_device(self) -> int:
+        return self.sm
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.sm, 32)
+
+
+def gan_loss_cases(sm: int) -> Iterator[Case]:
+    few = [(torch.float32, losses.ONE_PROGRAM), (torch.bfloat16, 4 * losses.ONE_PROGRAM)]
+    for dtype, n in [(torch.float32, 256), (torch.float64, 64), *few] if sm == 90 else few:
+        name, compute, half = f"{dtype} {n}", torch.float64 if dtype == torch.float64 else torch.float32, n // 2
+        a, c, one = torch.zeros(n, dtype=dtype), torch.zeros(n, dtype=compute), torch.ones((), dtype=compute)
+        numbers = (0, 1.0, 0.9, None, 0, 1.0, 0.0, None, 1)
+        tensors = (0, 1.0, 0.0, c[:half], 0, 1.0, 0.0, c[:half], 0)
+        yield name, partial(losses.gan_loss, a, None, half, *numbers)
+        yield f"{name} grad2", partial(losses.gan_loss_grad2, a, None, half, *numbers, one, c)
+        if dtype == torch.float32:
+            yield f"{name} two halves", partial(losses.gan_loss, a[:half], a[half:], half, *tensors)
+
+
+def act_cases(sm: int) -> Iterator[Case]:
+    sizes = [(64, 256), (2048, 784), (64, 300)]  # one launch, chunks of rows, a width that is not aligned
+    for dtype, (rows, columns) in itertools.product((torch.float32, torch.bfloat16), sizes if sm == 90 else sizes[:1]):
+        z, bias, seed = (
+            torch.zeros(rows, columns, dtype=dtype),
+            torch.zeros(columns, dtype=dtype),
+            torch.zeros(1, dtype=torch.int64),
+        )
+        bits, name = torch.zeros(rows, -(-columns // 8), dtype=torch.uint8), f"{dtype} {rows}x{columns}"
+        yield f"{name} dropout", partial(linear.linear_lrelu_act, z, bias, 0.2, 0.3, seed)
+        yield f"{name} dropout", partial(linear.linear_lrelu_act_grad, z, z, bits, 0.2, 0.3, True)
+        if sm == 90:
+            yield name, partial(linear.linear_lrelu_act, z, None, 0.2, 0.0, None)
+            yield name, partial(linear.linear_lrelu_act_grad, z, z, bits, 0.2, 0.0, False)
+
+
+def product_cases(sm: int) -> Iterator[Case]:
+    """Each row of the table of block sizes on sm_90, the first of each kind (the largest) on the others."""
+    choose = linear.blocks
+    m, n, k = 256, 512, 784
+    for kind, table in linear.BLOCKS.items():
+        dtype, precision = (torch.bfloat16, "ieee") if kind == "16-bit" else (torch.float32, kind)
+        x, w, b, y = (torch.zeros(*shape, dtype=dtype) for shape in ((m, k), (n, k), (n,), (m, n)))
+        bits, seed = torch.zeros(m, n // 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+        for row in table if sm == 90 else table[:1]:
+            linear.blocks = lambda *_, row=row: row
+            for p in (0.3, 0.0) if sm == 90 and row == linear.BLOCKS["16-bit"][0] else (0.3,):
+                name, bias = f"{kind} {row.rows}x{row.columns}x{row.depth}{' dropout' * (p > 0)}", b if p else None
+                yield name, partial(linear.linear_lrelu_forward, x, w, bias, 0.2, p, seed, precision)
+                yield name, partial(linear.linear_lrelu_data_grad, y, w, y, bits, 0.2, p, precision)
+                yield name, partial(linear.linear_lrelu_weight_grad, y, x, y, bits, 0.2, p, p > 0, precision)
+                if row == table[0]:
+                    yield f"{name} masked", partial(linear.linear_lrelu_masked, x, w, bias, y, bits, 0.2, p, precision)
+    linear.blocks = choose
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local memory, from the compiled code itself. A spilled register lives on the stack."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True).stdout
+    return {key.lower(): int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def main(architectures: list[int]) -> None:
+    names = {kernel: name for name, kernel in kernels().items()}
+    compiled: list[tuple[str, Any]] = []
+    original = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((names[self], kernel))
+        return kernel
+
+    JITFunction.run = compile_only
+    print(json.dumps(sorted(names.values())))
+    for sm in architectures:
+        triton.runtime.driver.set_active(Architecture(sm))
+        for case, launch in itertools.chain(gan_loss_cases(sm), act_cases(sm), product_cases(sm)):
+            launch()
+            for name, kernel in compiled:
+                row = {"kernel": name, "case": case, "sm": sm, **usage(kernel.asm["cubin"]), "shared": kernel.metadata.shared}
+                print(json.dumps(row), flush=True)
+            compiled.clear()
+
+
+if __name__ == "__main__":
+    main([int(sm) for sm in sys.argv[1:]])
