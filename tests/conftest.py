@@ -50,7 +50,7 @@ def poisoned() -> Iterator[None]:
 
 
 def poison_malloc(on: bool) -> None:
-    """Have glibc fill what malloc returns with 0xFF, which is NaN in every floating dtype; other libraries of C have no such switch."""
+    """Have glibc fill what malloc returns with 0xFF, NaN in every floating dtype; other C libraries have no such switch."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         m_perturb = -6

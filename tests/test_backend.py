@@ -73,7 +73,7 @@ with backend.use_backend("compiled"):
 
 
 def test_environment_variable_with_an_unknown_name() -> None:
-    done = run("import gankern", GANKERN_BACKEND="fast")
+    done = run("import gankern, torch; gankern.gan_loss(torch.zeros(2), torch.zeros(2))", GANKERN_BACKEND="fast")
     assert done.returncode != 0
     assert done.stderr.strip().endswith("ValueError: GANKERN_BACKEND: name must be one of reference, compiled, triton, got 'fast'")
 

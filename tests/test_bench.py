@@ -211,7 +211,8 @@ def test_the_triton_interpreter_is_never_timed() -> None:
 
 def pytest_on(file: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """pytest in a process of its own, on the CPU."""
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "GANKERN_BACKEND")} | environment
+    ours = ("TRITON_INTERPRET", "GANKERN_BACKEND")  # and under pytest-xdist's variables pytest-benchmark would switch itself off
+    env = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("PYTEST_XDIST")} | environment
     command = [sys.executable, "-m", "pytest", file, "--bench-device", "cpu", *map(str, words)]
     return subprocess.run(command, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
 

@@ -371,7 +371,7 @@ def test_doctor_reports_and_succeeds(capsys: Capture) -> None:
     for op in ("linear_lrelu", "gan_loss"):
         (line, *_) = [line for line in text.splitlines() if line.strip().startswith(op)]
         assert any(name in line for name in backend.NAMES)
-        assert "automatic choice, from measurement" in line
+        assert "automatic choice" in line or "plain PyTorch calls" in line
     if not backend.CPU_PROBLEM:
         assert "stable ABI of torch 2." in text
 
@@ -379,7 +379,7 @@ def test_doctor_reports_and_succeeds(capsys: Capture) -> None:
 def test_doctor_says_what_is_forced(capsys: Capture) -> None:
     with gankern.use_backend("reference"):
         assert main(["doctor"]) == 0
-    assert "linear_lrelu  reference: forced" in capsys.readouterr().out
+    assert "linear_lrelu   reference: forced" in capsys.readouterr().out
 
 
 def test_doctor_fails_on_a_broken_library(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,10 +419,19 @@ def test_doctor_finds_a_kernel_that_does_not_work(
     assert f"broken: {sentence.format(able[0])}" in capsys.readouterr().out
 
 
-def test_doctor_tells_choices_that_depend_on_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_lrelu, "_choose", lambda x, weight, p: "compiled" if len(x) <= 64 else "reference")
-    rows = {op: name for op, name, _ in doctor.backends(torch.device("cpu"))}
-    assert rows["linear_lrelu"] == "compiled (batch 16, 64), reference (batch 256, 1024)"
+def test_doctor_tells_the_choice_with_and_without_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_lrelu, "_choose", lambda device, p: "compiled" if p else "reference")
+    rows = {op.strip(): (name, why) for op, name, why in doctor.backends(torch.device("cpu"))}
+    assert rows["linear_lrelu"][0] == "reference"
+    assert rows["linear_lrelu"][1].startswith("plain PyTorch calls")
+    assert rows["with dropout"][0] == "compiled"
+
+
+def test_a_forced_name_that_is_none_is_one_sentence(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_name", "fast")
+    for command in (["doctor"], ["train", "gan", "--dry-run"]):
+        assert main(command) == 2
+        assert capsys.readouterr().err.strip() == "GANKERN_BACKEND: name must be one of reference, compiled, triton, got 'fast'"
 
 
 @pytest.fixture

@@ -354,7 +354,7 @@ class Case(NamedTuple):
     a: Tensor
     b: Tensor | None
     n_real: int
-    spec: gan_loss._Spec
+    spec: gan_loss.Spec
     real_targets: Tensor | None = None
     fake_targets: Tensor | None = None
 
@@ -388,7 +388,7 @@ def make_case(
     labels = torch.rand(n_real + n_fake, generator=generator, dtype=torch.float64).to(accumulate(dtype))
     a, b = (logits, None) if one_vector else (logits[:n_real], logits[n_real:])
     per_sample = (labels[:n_real], labels[n_real:]) if targets else (None, None)
-    return Case(a, b, n_real, gan_loss._Spec(real, fake, reduction), *per_sample)
+    return Case(a, b, n_real, gan_loss.Spec(real, fake, reduction), *per_sample)
 
 
 def compare_loss(case: Case, launches: int = 1) -> None:

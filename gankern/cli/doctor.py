@@ -10,7 +10,7 @@ from torch import Tensor
 
 import gankern
 from gankern import backend
-from gankern.cli.common import Parser
+from gankern.cli.common import Parser, refusing
 from gankern.ops import gan_loss, linear_lrelu
 
 
@@ -18,6 +18,8 @@ def command(arguments: list[str]) -> int:
     """Prints the report; 1 if something is built but broken, else 0."""
     description = "Versions, devices, what is built, and what each op would run on and why."
     Parser("gankern doctor", description=description, epilog="Exit status 1: something is built but broken.").parse_args(arguments)
+    with refusing():
+        forced = backend.forced()
     broken = [
         f"{what}: {why}"
         for what, why in (("C++ for the CPU", backend.CPU_PROBLEM), ("CUDA", backend.CUDA_PROBLEM))
@@ -41,7 +43,7 @@ def command(arguments: list[str]) -> int:
     library = backend.cuda_library()
     print(f"  CUDA         {backend.CUDA_PROBLEM or (library.name if library else '')}")
     print(f"  Triton       {backend.triton_problem('cuda' if len(devices) > 1 else 'cpu') or _triton_facts()}")
-    print(f"  forced       {backend.forced() or 'nothing (GANKERN_BACKEND and use_backend are unset)'}")
+    print(f"  forced       {forced or 'nothing (GANKERN_BACKEND and use_backend are unset)'}")
     for device in devices:
         print(f"\nops on {device}")
         for op, name, why in backends(device):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from gankern import checks
-from gankern.ops.gan_loss import OBJECTIVES, GanLoss, gan_loss
+from gankern.ops._objectives import OBJECTIVES
+from gankern.ops.gan_loss import GanLoss, gan_loss
 
 
 class GANLoss(nn.Module):

@@ -1,7 +1,7 @@
 """gan_loss: the adversarial loss of the real and the fake half, its gradient, D(x), D(G(z)) and accuracy in one pass.
 
-An objective is a row of OBJECTIVES: which term each half pays. A term is a functor with value, slope and curvature in the logit
-a and its target t, written in TERMS (plain PyTorch), in csrc/math.h (host and device) and in gankern/triton/gan_loss.py.
+An objective is a row of OBJECTIVES (`_objectives.py`): which term each half pays. A term is a functor with value, slope and
+curvature in the logit a and its target t, written in TERMS (plain PyTorch), in csrc/math.h (host and device) and in Triton.
 The forward kernel already computes the gradient, so the backward pass is one product. Derivatives: any order
 (order 2, which unrolled GANs need, has a kernel of its own; beyond it the plain formulas run).
 
@@ -20,67 +20,19 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import _engine_run_backward
 
 from gankern import backend, checks
 from gankern.ops._function import apply
+from gankern.ops._objectives import NOTHING, OBJECTIVES, REDUCTIONS, SIDES, TERMS, Label, Spec
 
 OP = "gan_loss"
-Label = float | Tensor
-
-
-class Term(NamedTuple):
-    """One functor of (logit a, target t); `code` is its number in the kernels."""
-
-    code: int
-    value: Callable[[Tensor, Label], Tensor]
-    slope: Callable[[Tensor, Label], Tensor]
-    curvature: Callable[[Tensor, Label], Tensor]
-
-
-TERMS = {
-    # binary cross entropy of sigmoid(a) against t: (1 - t) softplus(a) + t softplus(-a); nothing overflows or cancels, and autograd
-    # is right at a = 0 too, where relu(a) - t a + log1p(exp(-|a|)) would have the slope -t
-    "bce": Term(
-        code=0,
-        value=lambda a, t: (t - 1) * F.logsigmoid(-a) - t * F.logsigmoid(a),
-        slope=lambda a, t: torch.sigmoid(a) - t,
-        curvature=lambda a, t: torch.sigmoid(a) * torch.sigmoid(-a),
-    ),
-}
-
-
-class Part(NamedTuple):
-    """What one half pays: weight * term(logit, label), the label being the caller's real_label or fake_label."""
-
-    term: str
-    weight: float
-    label: str
-
-
-class Objective(NamedTuple):
-    real: Part
-    fake: Part
-    generator: Part
-
-
-OBJECTIVES = {
-    # Goodfellow et al. 2014, eq. 1 and the remark after it: the generator minimises -log D(G(z))
-    "non-saturating": Objective(real=Part("bce", 1.0, "real"), fake=Part("bce", 1.0, "fake"), generator=Part("bce", 1.0, "real")),
-    # Goodfellow et al. 2014, eq. 1: the generator minimises log(1 - D(G(z)))
-    "minimax": Objective(real=Part("bce", 1.0, "real"), fake=Part("bce", 1.0, "fake"), generator=Part("bce", -1.0, "fake")),
-}
-SIDES = ("discriminator", "generator")
-REDUCTIONS = ("none", "mean", "sum")
-_NOTHING = ("bce", 0.0, 0.0)
 
 
 class GanLoss:
@@ -142,25 +94,13 @@ class GanLoss:
         _engine_run_backward(*roots, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
-class _Spec(NamedTuple):
-    """What each half pays, with the labels filled in: (term, weight, target) twice, and the reduction's number."""
-
-    real: tuple[str, float, float]
-    fake: tuple[str, float, float]
-    reduction: int
-
-    def arguments(self, real_targets: Tensor | None, fake_targets: Tensor | None) -> tuple[Any, ...]:
-        (r, rw, rt), (f, fw, ft) = self.real, self.fake
-        return TERMS[r].code, rw, rt, real_targets, TERMS[f].code, fw, ft, fake_targets, self.reduction
-
-
 class _Pending:
     """Logits whose loss, statistics and gradient are known, before the loss gets its node in the graph."""
 
     __slots__ = ("a", "b", "grads", "n_real", "name", "spec", "targets", "versions")
 
     def __init__(
-        self, a: Tensor, b: Tensor | None, n_real: int, targets: _Targets, spec: _Spec, name: str, grads: tuple[Tensor, Tensor]
+        self, a: Tensor, b: Tensor | None, n_real: int, targets: _Targets, spec: Spec, name: str, grads: tuple[Tensor, Tensor]
     ) -> None:
         self.a, self.b, self.n_real, self.targets, self.spec, self.name, self.grads = a, b, n_real, targets, spec, name, grads
         self.versions = self._versions()
@@ -198,7 +138,7 @@ def reference(
 
 
 def _reference(
-    a: Tensor, b: Tensor | None, n_real: int, real_targets: Tensor | None, fake_targets: Tensor | None, spec: _Spec
+    a: Tensor, b: Tensor | None, n_real: int, real_targets: Tensor | None, fake_targets: Tensor | None, spec: Spec
 ) -> tuple[Tensor, Tensor]:
     logits = _one_vector(a, b).to(_accumulate(a.dtype))
     halves, losses = (logits[:n_real], logits[n_real:]), []
@@ -287,10 +227,10 @@ def gan_loss(
 
 
 _Targets = tuple[Tensor | None, Tensor | None]
-_specs: dict[Any, _Spec] = {}  # settings that have passed the checks
+_specs: dict[Any, Spec] = {}  # settings that have passed the checks
 
 
-def _run(a: Tensor, b: Tensor | None, n_real: int, rt: Tensor | None, ft: Tensor | None, spec: _Spec, name: str) -> Any:
+def _run(a: Tensor, b: Tensor | None, n_real: int, rt: Tensor | None, ft: Tensor | None, spec: Spec, name: str) -> Any:
     return _kernels(name).gan_loss(a.contiguous(), None if b is None else b.contiguous(), n_real, *spec.arguments(rt, ft))
 
 
@@ -321,7 +261,7 @@ def _given(real: Tensor | None, fake: Tensor | None, n_real: int | None) -> tupl
 
 def _specify(
     a: Tensor, given: tuple[bool, bool], objective: str, side: str, real_label: Label, fake_label: Label, reduction: str
-) -> tuple[_Spec, Tensor | None, Tensor | None]:
+) -> tuple[Spec, Tensor | None, Tensor | None]:
     row = OBJECTIVES[objective]
     parts = (row.real, row.fake) if side == "discriminator" else (None, row.generator)
     specs: list[tuple[str, float, float]] = []
@@ -330,8 +270,8 @@ def _specify(
         label = 0.0 if part is None else real_label if part.label == "real" else fake_label
         is_tensor = isinstance(label, Tensor)
         targets.append(label.to(_accumulate(a.dtype)).flatten().contiguous() if isinstance(label, Tensor) else None)
-        specs.append(_NOTHING if part is None else (part.term, part.weight, 0.0 if is_tensor else float(label)))
-    return _Spec(specs[0], specs[1], REDUCTIONS.index(reduction)), targets[0], targets[1]
+        specs.append(NOTHING if part is None else (part.term, part.weight, 0.0 if is_tensor else float(label)))
+    return Spec(specs[0], specs[1], REDUCTIONS.index(reduction)), targets[0], targets[1]
 
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:
@@ -388,7 +328,7 @@ class _Loss(Function):
 
     @staticmethod
     def forward(
-        a: Tensor, b: Tensor | None, n_real: int, rt: Tensor | None, ft: Tensor | None, spec: _Spec, name: str, known: Any
+        a: Tensor, b: Tensor | None, n_real: int, rt: Tensor | None, ft: Tensor | None, spec: Spec, name: str, known: Any
     ) -> Any:
         return _run(a, b, n_real, rt, ft, spec, name) if known is None else known
 
@@ -429,7 +369,7 @@ class _LossGrad(Function):
         rt: Tensor | None,
         ft: Tensor | None,
         n_real: int,
-        spec: _Spec,
+        spec: Spec,
         name: str,
     ) -> Any:
         return _times(g, ga, gb, a, b)
@@ -496,7 +436,7 @@ def _times(g: Tensor, ga: Tensor, gb: Tensor, a: Tensor, b: Tensor | None) -> tu
 
 
 def _slope_and_curvature(
-    a: Tensor, b: Tensor | None, n_real: int, rt: Tensor | None, ft: Tensor | None, spec: _Spec
+    a: Tensor, b: Tensor | None, n_real: int, rt: Tensor | None, ft: Tensor | None, spec: Spec
 ) -> tuple[Tensor, Tensor]:
     """Of each logit, scaled by weight and reduction, as differentiable formulas."""
     logits = _one_vector(a, b).to(_accumulate(a.dtype))
