@@ -1,12 +1,14 @@
 """gan_loss, the binary cross entropy pair of a critic, against eager PyTorch and torch.compile.
 
-"forward" runs under no_grad. "backward" is the loss and its gradient in the logits. "double" differentiates once more through that
-gradient, as an unrolled GAN does. Sizes are logits a half; 65536 is 64 images of a PatchGAN critic with 32 x 32 outputs. Rivals:
+"forward" runs under no_grad. "backward" is the loss and its backward(), down to the logits' .grad. "double" differentiates once
+more through the gradient, as an unrolled GAN does. Sizes are logits a half; 65536 is 64 images of a PatchGAN critic with 32 x 32
+outputs. Rivals:
 
 eager           two calls of nn.BCEWithLogitsLoss with fresh ones and zeros, as people write it
 eager-stats     the same and D(x), D(G(z)) and accuracy for the log (gankern computes these in every row)
 compile         torch.compile of "eager"; not in "double", which AOTAutograd cannot do; at two sizes, --all-rivals: at all
-gankern, ...    gan_loss of two tensors
+gankern, ...    gan_loss(real, fake), .backward() of what it returns
+gankern-loss    the same, but .loss.backward(), as one must when something is added to the loss; in "backward" only
 gankern-vector  gan_loss of one vector with both halves, as one pass through the critic makes it
 """
 
@@ -26,7 +28,7 @@ from gankern import gan_loss
 BATCHES = (16, 64, 256, 1024, 65536)
 COMPILED = (64, 1024)
 PASSES = ("forward", "backward", "double")
-STATS, VECTOR = "eager-stats", "vector"
+STATS, VECTOR, LOSS = "eager-stats", "gankern-vector", "gankern-loss"
 
 
 def groups(settings: Settings) -> list[Group]:
@@ -41,7 +43,7 @@ class Pair(OpGroup):
     optional = ("stats",)
 
     def __init__(self, settings: Settings, which: str, batch: int) -> None:
-        rivals = [EAGER, STATS, *gankern_rivals(settings.device), f"gankern-{VECTOR}"]
+        rivals = [EAGER, STATS, *gankern_rivals(settings.device), VECTOR, *([LOSS] if which == "backward" else [])]
         if which != "double" and (settings.all_rivals or batch in COMPILED):
             rivals.insert(2, COMPILE)
         # of 2 * batch logits: forward reads them; backward also writes the gradient; double also reads c and writes once more
@@ -72,25 +74,29 @@ class Pair(OpGroup):
                 accuracy = torch.cat([real > 0, fake <= 0]).float().mean()
             return {"loss": loss, "stats": (d_real, d_fake, accuracy)}
 
-        def fused(*args: Tensor) -> Outputs:
-            out = gan_loss(args[0], args[1]) if len(args) == 2 else gan_loss(args[0], n_real=args[0].numel() // 2)
-            return {"loss": out.loss, "stats": out.stats}
-
         def plain(real: Tensor, fake: Tensor) -> Outputs:
             return {"loss": eager(real, fake)}
 
-        loss = with_stats if rival == STATS else fused if rival.startswith("gankern") else plain
+        ours, loss = rival.startswith("gankern"), with_stats if rival == STATS else plain
 
         def run(real: Tensor, fake: Tensor, both: Tensor, c: Tensor) -> Outputs:
-            logits = (both,) if rival == f"gankern-{VECTOR}" else (real, fake)
-            out = loss(*logits)
-            if self.which == "forward":
-                return out
+            logits = (both,) if rival == VECTOR else (real, fake)
+            if ours:
+                result = gan_loss(both, n_real=self.batch) if rival == VECTOR else gan_loss(real, fake)
+                if self.which == "backward" and rival != LOSS:
+                    result.backward()
+                    return {"loss": result.value, "stats": result.stats, "grad": _taken(logits)}
+                out: Outputs = {"loss": result.loss, "stats": result.stats}
+            else:
+                out = loss(real, fake)
             value = out["loss"]
             assert isinstance(value, Tensor)
-            grads = torch.autograd.grad(value, logits, create_graph=self.which == "double")
-            out["grad"] = grads
-            if self.which == "double":
+            if self.which == "backward":
+                value.backward()
+                out["grad"] = _taken(logits)
+            elif self.which == "double":
+                grads = torch.autograd.grad(value, logits, create_graph=True)
+                out["grad"] = grads
                 parts = zip(grads, c.split([g.shape[0] for g in grads]), strict=True)
                 total = functools.reduce(torch.add, [(g * part).sum() for g, part in parts])
                 out["second"] = torch.autograd.grad(total, logits)
@@ -102,4 +108,14 @@ class Pair(OpGroup):
         return self.function(STATS)(*inputs64)
 
     def context(self, rival: str) -> AbstractContextManager[Any]:
-        return super().context(EAGER if rival == f"gankern-{VECTOR}" else rival)
+        return super().context(EAGER if rival in (VECTOR, LOSS) else rival)
+
+
+def _taken(leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Their .grad, which is None again afterwards."""
+    grads = []
+    for leaf in leaves:
+        assert leaf.grad is not None
+        grads.append(leaf.grad)
+        leaf.grad = None
+    return tuple(grads)

@@ -411,7 +411,7 @@ def test_gpu_script_goes_on_after_a_failure(tmp_path: Path) -> None:
     assert "tests: 3 failed, 7 passed" in lines
     assert {p.name for p in out.iterdir()} == {"summary.md", "logs.txt", "bench_train_step.json"}
     summary = (out / "summary.md").read_text()
-    assert "| tests | FAILED (status 1) | 0 |" in summary
+    assert "| tests | FAILED (status 1) | " in summary
     assert "tests: 3 failed, 7 passed" in summary
     assert "===== tests: FAILED (status 1), 0 s:" in (out / "logs.txt").read_text()
 

@@ -420,7 +420,7 @@ def test_doctor_finds_a_kernel_that_does_not_work(
 
 
 def test_doctor_tells_the_choice_with_and_without_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_lrelu, "_choose", lambda device, p: "compiled" if p else "reference")
+    monkeypatch.setattr(linear_lrelu, "_choose", lambda device, p, elements: "compiled" if p else "reference")
     rows = {op.strip(): (name, why) for op, name, why in doctor.backends(torch.device("cpu"))}
     assert rows["linear_lrelu"][0] == "reference"
     assert rows["linear_lrelu"][1].startswith("plain PyTorch calls")
@@ -431,7 +431,9 @@ def test_a_forced_name_that_is_none_is_one_sentence(capsys: Capture, monkeypatch
     monkeypatch.setattr(backend, "_name", "fast")
     for command in (["doctor"], ["train", "gan", "--dry-run"]):
         assert main(command) == 2
-        assert capsys.readouterr().err.strip().endswith("GANKERN_BACKEND: name must be one of reference, compiled, triton, got 'fast'")
+        assert (
+            capsys.readouterr().err.strip().endswith("GANKERN_BACKEND: name must be one of reference, compiled, triton, got 'fast'")
+        )
 
 
 @pytest.fixture

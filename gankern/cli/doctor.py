@@ -64,8 +64,8 @@ def backends(device: torch.device) -> list[tuple[str, str, str]]:
         return [(op, forced, f"but it cannot run: {why}" if why else "forced") for op in ("linear_lrelu", "gan_loss")]
     why = f"automatic choice{cannot}"
     chosen = {
-        "linear_lrelu": linear_lrelu._choose(device.type, 0.0),
-        "  with dropout": linear_lrelu._choose(device.type, 0.5),
+        "linear_lrelu": linear_lrelu._choose(device.type, 0.0, 2**16),
+        "  with dropout": linear_lrelu._choose(device.type, 0.5, 2**16),
         "gan_loss": gan_loss._choose(_logits(16, device)),
     }
     plain = "plain PyTorch calls, measured as the fastest"

@@ -389,17 +389,20 @@ class _LossGrad(Function):
         g, a, b, ga, gb, rt, ft = ctx.saved_tensors
         spec, n_real = ctx.spec, ctx.n_real
         c = _one_vector(ca, cb).to(ga.dtype)
+        wants_dg = ctx.needs_input_grad[0]  # g is often the root's plain 1
+        dg = None
         if torch.is_grad_enabled():
             slope, curvature = _slope_and_curvature(a, b, n_real, rt, ft, spec)
-            dg, d = c * slope, g * c * curvature
+            d = g * c * curvature
+            if wants_dg:
+                dg = c * slope
         else:
-            dg = c * _one_vector(ga, gb)
             b_or_none = None if b is None else b.contiguous()
-            d = _kernels(ctx.name).gan_loss_grad2(
-                a.contiguous(), b_or_none, n_real, *spec.arguments(rt, ft), g.contiguous(), c.contiguous()
-            )
+            d = _kernels(ctx.name).gan_loss_grad2(a.contiguous(), b_or_none, n_real, *spec.arguments(rt, ft), g.contiguous(), c)
+            if wants_dg:
+                dg = c * (ga.flatten() if b is None else _one_vector(ga, gb))
         da, db = _scatter(d, a, b)
-        return dg if spec.reduction == 0 else dg.sum(), da, db, *(None,) * 7
+        return dg.sum() if dg is not None and spec.reduction != 0 else dg, da, db, *(None,) * 7
 
 
 def _one_by_one(function: type[Function], info: Any, in_dims: Any, args: Any) -> tuple[Any, ...]:
