@@ -4,12 +4,20 @@
 costs one layer: forward, dx with create_graph=True, and the weight gradient of sum(dx²). torch.compile has no row in "double": what
 AOTAutograd compiles cannot be differentiated twice.
 
+On CUDA "gankern-product" is the triton backend with bias, LeakyReLU and dropout inside its own matrix product: where it wins is
+what FUSED_ROWS in gankern/ops/linear_lrelu.py should say.
+
 On the CPU torch.compile takes about ten seconds a group, so it has rows at the corners of the table only; --all-rivals: everywhere.
 """
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +26,7 @@ from torch import Tensor
 from bench.support import COMPILE, EAGER, Function, Group, OpGroup, Outputs, Settings, Work, compiled, gankern_rivals
 from gankern import linear_lrelu
 
+op = importlib.import_module("gankern.ops.linear_lrelu")
 BATCHES = (16, 64, 256, 1024)
 WIDTHS = (128, 256, 512, 1024)
 TENSOR_CORE_WIDTHS = (256, 1024)  # tf32 and bf16, on CUDA
@@ -26,6 +35,7 @@ PASSES = ("forward", "backward", "double")
 DROPOUT = 0.3
 DROPOUT_SIZES = ((16, 256), (64, 512), (1024, 1024))
 SLOPE = 0.2
+PRODUCT = "gankern-product"
 
 
 def groups(settings: Settings) -> list[Group]:
@@ -41,7 +51,7 @@ def bench_linear_lrelu(row: Callable[[], None]) -> None:
 
 class Layer(OpGroup):
     def __init__(self, settings: Settings, which: str, p: float, batch: int, width: int, dtype: str) -> None:
-        rivals = [EAGER, *gankern_rivals(settings.device)]
+        rivals = [EAGER, *gankern_rivals(settings.device), *([PRODUCT] if settings.device.type == "cuda" else [])]
         corner = p == 0.0 and dtype == "fp32" and (batch, width) in CORNERS
         if which != "double" and (settings.all_rivals or corner):
             rivals.insert(1, COMPILE)
@@ -92,6 +102,12 @@ class Layer(OpGroup):
                 return F.leaky_relu(F.linear(x, weight, bias), SLOPE)
 
         return PASS[self.which](compiled(layer) if rival == COMPILE else layer)
+
+    def context(self, rival: str) -> AbstractContextManager[Any]:
+        stack = ExitStack()
+        stack.enter_context(super().context("gankern-triton" if rival == PRODUCT else rival))
+        stack.enter_context(patch.object(op, "FUSED_ROWS", sys.maxsize if rival == PRODUCT else op.FUSED_ROWS))
+        return stack
 
     def expected(self, inputs64: list[Tensor], got: Outputs) -> Outputs:
         if not self.p:

@@ -175,8 +175,15 @@ def _check(x: Any, weight: Any, bias: Any, negative_slope: float, dropout: float
     checks.number(OP, "dropout", dropout, 0.0, 1.0)
 
 
+FUSED_ROWS = 0  # up to so many rows of x the triton backend makes the product itself; 0 until a GPU has been measured
+
+
 def _product_in_triton(x: Tensor, weight: Tensor) -> bool:
-    return False
+    if x.numel() > FUSED_ROWS * weight.size(1):
+        return False
+    from gankern.ops import _fused_linear
+
+    return _fused_linear.usable(x, weight)
 
 
 def _kernels(name: str) -> ModuleType | Any:

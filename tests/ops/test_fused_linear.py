@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gankern import backend
 from gankern.ops import _fused_linear
 from gankern.ops import linear_lrelu as op
 from tests import support
@@ -271,3 +272,15 @@ def test_usable_only_in_plain_autograd():
     assert not _fused_linear.usable(x.to("meta"), w.to("meta"))
     assert not _fused_linear.usable(x.int(), w.int())
     assert _fused_linear.usable(x.double(), w.double()) == (DEVICE == "cpu")
+
+
+@pytest.mark.parametrize(("limit", "launched"), [(6, 1), (5, 0)])
+def test_the_op_makes_its_own_product_up_to_fused_rows(
+    limit: int, launched: int, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(op, "FUSED_ROWS", limit)
+    x, weight, bias = randn(6, 5, seed=1), randn(4, 5, seed=2), randn(4, seed=3)
+    with backend.use_backend("triton"):
+        y = op.linear_lrelu(x, weight, bias, SLOPE)
+    torch.testing.assert_close(y, op.reference(x, weight, bias, SLOPE))
+    assert calls["forward"] == launched
