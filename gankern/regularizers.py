@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from gankern import checks
+from gankern import backend, checks
 from gankern.ops.gradient_norm_penalty import SIDES, gradient_norm_penalty
 from gankern.ops.interpolate import interpolate
 
@@ -82,12 +82,14 @@ def gradient_penalty(
     the returned penalty makes those. `real` and `fake` are detached: the penalty trains the critic alone. A critic that mixes
     samples (BatchNorm) has no gradient of a sample by itself; use a norm that does not, as the paper says.
 
-    Under autocast the critic runs in the autocast dtype, its input gradient and the penalty are float32. With float16 small gradients
-    may underflow: use bfloat16. Under `torch.no_grad()` the value is the same, without a graph. With DistributedDataParallel pass the
-    wrapped critic, and call `backward` once on adversarial loss plus penalty, so that every parameter has a gradient (the penalty
-    does not depend on the last bias); equal batches on all ranks give the gradients of one process at the global batch. Inside
-    `torch.compile` the input gradient is taken by `torch.func.grad`, which the compiler can trace. CUDA-graph capture is safe:
-    nothing waits for the device, and with the default generator each replay draws anew.
+    - Autocast: the critic runs in the autocast dtype, its input gradient and the penalty are float32. With float16 small gradients
+      may underflow: use bfloat16.
+    - `torch.no_grad()`: the same value, without a graph.
+    - DistributedDataParallel: pass the wrapped critic, and call `backward` once on adversarial loss plus penalty, so that every
+      parameter has a gradient (the last bias has none from the penalty). Equal batches on all ranks give the gradients of one
+      process at the global batch.
+    - `torch.compile`: the input gradient is taken by `torch.func.grad`, which can be traced; a forced kernel backend is refused.
+    - CUDA-graph capture: nothing waits for the device, and with the default generator each replay draws anew.
 
     Args:
         critic: x̂ [B, ...] (and `cond`) -> [B, ...], one score, or one map of scores, which are added, for each sample.
@@ -110,8 +112,8 @@ def gradient_penalty(
     Raises:
         ValueError: a shape, name or number that does not fit; a critic that does not give one row of scores for each sample.
         TypeError: a dtype that is not supported.
-        RuntimeError: the critic's output does not depend on its input, or its input gradient has no graph although the critic has
-            parameters to train: the penalty would contribute nothing.
+        RuntimeError: a backend was forced that cannot run here; the critic's output does not depend on its input, or its input
+            gradient has no graph although the critic has parameters to train: the penalty would contribute nothing.
 
     Source: Gulrajani et al., "Improved training of Wasserstein GANs", NeurIPS 2017, eq. 3; Petzka et al., "On the regularization of
     Wasserstein GANs", ICLR 2018 (one-sided); Mescheder et al., "Which training methods for GANs do actually converge?", ICML 2018,
@@ -141,6 +143,9 @@ def _check(critic: Any, real: Any, fake: Any, sided: Any, sample: Any, eps: Any)
         checks.fail(ValueError, OP, "eps", 'be None unless sample is "line"', f"sample={sample!r}")
     if sample == "line":
         checks.shape(OP, "fake", fake, real.shape)
+    forced = backend.forced() if torch.compiler.is_compiling() else None
+    if forced not in (None, "reference"):  # a kernel's Function in torch.func.grad in the compiler loses its graph without a word
+        checks.fail(RuntimeError, OP, "backend", "be chosen automatically or be 'reference' inside torch.compile", repr(forced))
 
 
 def _points(real: Any, fake: Any, sample: str, eps: Tensor | None, generator: torch.Generator | None) -> Tensor:
@@ -168,7 +173,12 @@ def _input_gradient(critic: Critic, x: Tensor, more: tuple[Any, ...]) -> Tensor:
             if scores.requires_grad and "not have been used" not in str(error):
                 raise
             checks.fail(RuntimeError, OP, "critic", "depend on its input", "an output that does not")
-    if graph and not grad.requires_grad and isinstance(critic, torch.nn.Module) and any(p.requires_grad for p in critic.parameters()):
+    if (
+        graph
+        and not grad.requires_grad
+        and isinstance(critic, torch.nn.Module)
+        and any(p.requires_grad for p in critic.parameters())
+    ):
         checks.fail(RuntimeError, OP, "critic", "be twice differentiable", "an input gradient that no parameter can be trained by")
     return grad
 

@@ -53,8 +53,8 @@ def _excess(norms: Tensor, target: float, one_sided: bool) -> Tensor:
 def gradient_norm_penalty(grad: Tensor, target: float = 1.0, sided: str = "two", weight: float = 1.0) -> NormPenalty:
     """How far the norms of per-sample gradients are from a target: weight * mean_b (‖grad_b‖₂ - target)².
 
-    The norm is taken over all dimensions but the first, in float32 for 16-bit gradients, also under autocast. A sample whose gradient
-    is zero gets the gradient zero. The first derivative in `grad` is a kernel; higher ones run plain PyTorch formulas.
+    The norm is taken over all dimensions but the first, in float32 for 16-bit gradients, also under autocast. A sample whose
+    gradient is zero gets the gradient zero. The first derivative in `grad` is a kernel; higher ones run plain PyTorch formulas.
 
     Args:
         grad: [B, ...], float64, float32, bfloat16 or float16; any strides.
@@ -63,7 +63,8 @@ def gradient_norm_penalty(grad: Tensor, target: float = 1.0, sided: str = "two",
         weight: factor of the penalty, >= 0.
 
     Returns:
-        NormPenalty: `value` (float64 for float64, else float32), detached `norms` [B] and `mean_norm`. The mean over no samples is NaN.
+        NormPenalty: `value` (float64 for float64, else float32), detached `norms` [B] and `mean_norm`. Of no samples the
+        means are NaN.
 
     Raises:
         ValueError: a shape, name or number that does not fit.
@@ -125,7 +126,7 @@ class _Penalty(Function):
             return (None,) * 5
         grad, norms = ctx.saved_tensors
         settings = ctx.target, ctx.one_sided, ctx.weight
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # the compiler traces a backward pass with gradients off
             return _gradient(c, grad, *settings), None, None, None, None
         last = is_channels_last(grad)
         d = _kernels(ctx.name).gradient_norm_penalty_grad(c.contiguous(), dense(grad, last), norms, *settings)

@@ -110,9 +110,7 @@ def _kernels(name: str) -> ModuleType | Any:
 
 def _run(real: Tensor, fake: Tensor, eps: Tensor | None, seed: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
     last = is_channels_last(real)
-    x_hat, used = _kernels(name).interpolate(
-        dense(real, last), dense(fake, last), None if eps is None else eps.contiguous(), seed
-    )
+    x_hat, used = _kernels(name).interpolate(dense(real, last), dense(fake, last), None if eps is None else eps.contiguous(), seed)
     return restored(x_hat, last), used
 
 

@@ -44,5 +44,7 @@ def interpolate(real: Tensor, fake: Tensor, eps: Tensor | None, seed: Tensor | N
     columns = min(power_of_two(d), 1 << 16 if INTERPRETED else 1024)
     rows = min(power_of_two(b), max((1 << 16 if INTERPRETED else 1024) // columns, 1))
     with on_device(real):
-        _interpolate_kernel[(ceil_div(b, rows), ceil_div(d, columns))](real, fake, eps, seed, out, used, b, d, ROWS=rows, COLUMNS=columns)
+        _interpolate_kernel[(ceil_div(b, rows), ceil_div(d, columns))](
+            real, fake, eps, seed, out, used, b, d, ROWS=rows, COLUMNS=columns
+        )
     return out, used

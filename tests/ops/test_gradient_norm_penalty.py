@@ -1,4 +1,4 @@
-"""gradient_norm_penalty on every backend: values, derivatives to the third order, zero gradients, layouts, torch.func, bad input."""
+"""gradient_norm_penalty on every backend: values, derivatives to the third order, zeros, layouts, torch.func, bad input."""
 
 from __future__ import annotations
 
