@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from gankern import backend, checks
+from gankern import checks
 from gankern.ops.gradient_norm_penalty import SIDES, gradient_norm_penalty
 from gankern.ops.interpolate import interpolate
 
@@ -88,7 +88,8 @@ def gradient_penalty(
     - DistributedDataParallel: pass the wrapped critic, and call `backward` once on adversarial loss plus penalty, so that every
       parameter has a gradient (the last bias has none from the penalty). Equal batches on all ranks give the gradients of one
       process at the global batch.
-    - `torch.compile`: the input gradient is taken by `torch.func.grad`, which can be traced; a forced kernel backend is refused.
+    - `torch.compile`: the input gradient is taken by `torch.func.grad`, which can be traced; drop-in modules with a
+      forced kernel backend are refused there.
     - CUDA-graph capture: nothing waits for the device, and with the default generator each replay draws anew.
 
     Args:
@@ -143,9 +144,6 @@ def _check(critic: Any, real: Any, fake: Any, sided: Any, sample: Any, eps: Any)
         checks.fail(ValueError, OP, "eps", 'be None unless sample is "line"', f"sample={sample!r}")
     if sample == "line":
         checks.shape(OP, "fake", fake, real.shape)
-    forced = backend.forced() if torch.compiler.is_compiling() else None
-    if forced not in (None, "reference"):  # a kernel's Function in torch.func.grad in the compiler loses its graph without a word
-        checks.fail(RuntimeError, OP, "backend", "be chosen automatically or be 'reference' inside torch.compile", repr(forced))
 
 
 def _points(real: Any, fake: Any, sample: str, eps: Tensor | None, generator: torch.Generator | None) -> Tensor:

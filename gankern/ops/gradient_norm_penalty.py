@@ -34,7 +34,7 @@ class NormPenalty(NamedTuple):
 
 def reference(grad: Tensor, target: float = 1.0, one_sided: bool = False, weight: float = 1.0) -> NormPenalty:
     """The definition, in plain PyTorch."""
-    squares = grad.to(accumulate(grad.dtype)).unsqueeze(-1).flatten(1).square().sum(1)
+    squares = _rows(grad).square().sum(1)
     norms = _norms(squares)
     paid = squares if target == 0.0 else _excess(norms, target, one_sided).square()
     return NormPenalty(weight * paid.mean(), norms.detach(), norms.detach().mean())
@@ -54,7 +54,7 @@ def gradient_norm_penalty(grad: Tensor, target: float = 1.0, sided: str = "two",
     """How far the norms of per-sample gradients are from a target: weight * mean_b (‖grad_b‖₂ - target)².
 
     The norm is taken over all dimensions but the first, in float32 for 16-bit gradients, also under autocast. A sample whose
-    gradient is zero gets the gradient zero. The first derivative in `grad` is a kernel; higher ones run plain PyTorch formulas.
+    gradient is zero gets the gradient zero. The first derivative in `grad` is a kernel; higher ones are plain PyTorch formulas.
 
     Args:
         grad: [B, ...], float64, float32, bfloat16 or float16; any strides.
@@ -106,7 +106,7 @@ def _kernels(name: str) -> ModuleType | Any:
 
 
 class _Penalty(Function):
-    """value, norms and their mean. Its backward is a kernel, or, where a graph of it is wanted, the formulas."""
+    """value, norms and their mean. Its backward is a Function itself: no cut graph."""
 
     @staticmethod
     def forward(grad: Tensor, target: float, one_sided: bool, weight: float, name: str) -> Any:
@@ -114,7 +114,7 @@ class _Penalty(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        grad, ctx.target, ctx.one_sided, ctx.weight, ctx.name = inputs
+        grad, *ctx.settings = inputs
         _, norms, mean = output
         ctx.save_for_backward(grad, norms)
         ctx.mark_non_differentiable(norms, mean)
@@ -125,29 +125,78 @@ class _Penalty(Function):
         if c is None:
             return (None,) * 5
         grad, norms = ctx.saved_tensors
-        settings = ctx.target, ctx.one_sided, ctx.weight
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # the compiler traces a backward pass with gradients off
-            return _gradient(c, grad, *settings), None, None, None, None
-        last = is_channels_last(grad)
-        d = _kernels(ctx.name).gradient_norm_penalty_grad(c.contiguous(), dense(grad, last), norms, *settings)
-        return restored(d, last), None, None, None, None
+        if torch.is_grad_enabled():
+            d = apply(_Gradient, c, grad, norms, *ctx.settings)
+        else:
+            d = _Gradient.forward(c, grad, norms, *ctx.settings)
+        return d, None, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, grad: Tensor, *settings: Any) -> Any:
-        calls = [apply(_Penalty, grad.select(in_dims[0], i), *settings) for i in range(info.batch_size)]
-        return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0, 0, 0)
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _one_by_one(_Penalty, info, in_dims, args), (0, 0, 0)
 
 
-def _gradient(c: Tensor, grad: Tensor, target: float, one_sided: bool, weight: float) -> Tensor:
-    """The derivative of c * value in grad, as differentiable formulas."""
-    g = grad.to(accumulate(grad.dtype)).unsqueeze(-1)
-    scaled = (c * (2.0 * weight / max(grad.shape[0], 1))) * g
-    if target != 0.0:
-        norms = _norms(g.flatten(1).square().sum(1))
-        zero = norms == 0
-        slope = torch.where(zero, 0.0, _excess(norms, target, one_sided) / torch.where(zero, 1.0, norms))
-        scaled = scaled * slope.reshape(-1, *[1] * (g.dim() - 1))
-    return scaled.squeeze(-1).to(grad.dtype)
+class _Gradient(Function):
+    """The derivative of c * value in grad; its own derivatives are plain PyTorch formulas."""
+
+    @staticmethod
+    def forward(c: Tensor, grad: Tensor, norms: Tensor, target: float, one_sided: bool, weight: float, name: str) -> Tensor:
+        last = is_channels_last(grad)
+        d = _kernels(name).gradient_norm_penalty_grad(
+            c.contiguous(), dense(grad, last), norms.contiguous(), target, one_sided, weight
+        )
+        return restored(d, last)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        c, grad, norms, *ctx.settings, _ = inputs
+        ctx.save_for_backward(c, grad, norms)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> Any:
+        c, grad, norms = ctx.saved_tensors
+        target, one_sided, weight = ctx.settings
+        g, u = _rows(grad), _rows(u)
+        factor, dots = 2.0 * weight / max(len(g), 1), (u * g).sum(1)
+        if target == 0.0:
+            slope, d = None, (c * factor) * u
+        else:
+            if torch.is_grad_enabled():
+                norms = _norms(g.square().sum(1))
+            slope = _slope(norms, target, one_sided)
+            bend = dots * target / norms.masked_fill(norms == 0, 1.0) ** 3  # where the norm is zero, so are dots and g
+            if one_sided:
+                bend = torch.where(slope == 0, 0.0, bend)
+            d = torch.addcmul((c * factor * slope)[:, None] * u, (c * factor * bend)[:, None], g)
+        dc = factor * (dots if slope is None else slope * dots).sum() if ctx.needs_input_grad[0] else None
+        return dc, d.reshape(grad.shape).to(grad.dtype), *(None,) * 5
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _one_by_one(_Gradient, info, in_dims, args), 0
+
+
+def _one_by_one(function: type[Function], info: Any, in_dims: Any, args: Any) -> Any:
+    """vmap of a function of a whole batch: a call for each, the outputs stacked."""
+    calls = [
+        apply(
+            function,
+            *(a.select(d, i) if isinstance(a, Tensor) and d is not None else a for a, d in zip(args, in_dims, strict=True)),
+        )
+        for i in range(info.batch_size)
+    ]
+    return torch.stack(calls) if isinstance(calls[0], Tensor) else tuple(map(torch.stack, zip(*calls, strict=True)))
+
+
+def _slope(norms: Tensor, target: float, one_sided: bool) -> Tensor:
+    """excess / norm; 0 at a norm of zero."""
+    zero = norms == 0
+    return (_excess(norms, target, one_sided) / norms.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
+
+
+def _rows(grad: Tensor) -> Tensor:
+    """[B, elements of a sample], in the accumulation dtype."""
+    return grad.to(accumulate(grad.dtype)).unsqueeze(-1).flatten(1)
 
 
 if not backend.CPU_PROBLEM:

@@ -291,3 +291,30 @@ def test_reference_is_the_definition() -> None:
     g = gradients((5, 7))
     for target, sided, weight in SETTINGS:
         torch.testing.assert_close(op.reference(g, target, sided == "one", weight).value, eager(g, target, sided, weight))
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:4], ids=str)
+def test_third_derivative_at_a_zero_gradient_is_not_nan(backend: str, settings: tuple[float, str, float]) -> None:
+    g = gradients((4, 6))
+    g[1] = 0
+    for name, d in derivatives(ours(*settings), [g], 3).items():
+        assert d.isfinite().all(), name
+
+
+@pytest.mark.parametrize("name", [*COMPILABLE, None])
+def test_compiled_second_derivative_is_right_or_refused(name: str | None) -> None:
+    """A kernel's Function would lose it without a word (torch 2.13)."""
+    need(name or "reference")
+    torch.compiler.reset()
+    g, direction = gradients((6, 4)), randn(6, 4, seed=8)
+
+    def slope(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return torch.func.grad(lambda g: (torch.func.grad(fn)(g) * direction).sum())
+
+    call = torch.compile(slope(ours()), fullgraph=True, backend="aot_eager")
+    with gankern.use_backend(name) if name else nullcontext():
+        if name in ("compiled", "triton"):
+            with pytest.raises(Exception, match=r"backend must be chosen automatically or be 'reference' for torch\.func inside"):
+                call(g)
+        else:
+            torch.testing.assert_close(call(g), slope(eager)(g), rtol=1e-11, atol=1e-11)
