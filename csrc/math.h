@@ -110,4 +110,18 @@ GK_HD Term<T> bce(T a, T t) {
   return {(a > T(0) ? T(1) - t : -t) * a + log1p_unit(e), s - t, e * q * q, s};
 }
 
+// --- the gradient penalty of one sample, in its norm n ----------------------------------------------------------------------------
+// How far the norm is from the target; one-sided: above it. NaN stays NaN.
+template <typename T>
+GK_HD T norm_excess(T n, T target, bool one_sided) {
+  return one_sided && n <= target ? T(0) : n - target;
+}
+
+// excess / n, what the gradient g is multiplied by in d(excess^2 / 2)/dg; at n = 0, where the norm has no derivative: 0.
+template <typename T>
+GK_HD T norm_slope(T n, T target, bool one_sided) {
+  if (target == T(0)) return T(1);  // excess^2 is the sum of squares, smooth everywhere
+  return n == T(0) ? T(0) : norm_excess(n, target, one_sided) / n;
+}
+
 }  // namespace gankern

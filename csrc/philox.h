@@ -36,6 +36,9 @@ GK_HD std::uint8_t keep_byte(std::uint64_t seed, std::uint64_t counter, std::uin
   return static_cast<std::uint8_t>(byte);
 }
 
+// A number in [0, 1): the upper 24 bits of word 0 times 2^-24, exact in float.
+GK_HD float draw_unit(std::uint64_t seed, std::uint64_t counter) { return static_cast<float>(philox(seed, counter).v[0] >> 8) * 0x1p-24f; }
+
 // What the host passes for a probability p: the threshold above, and the factor of kept elements.
 inline std::uint32_t dropout_threshold(double p) { return static_cast<std::uint32_t>(std::nearbyint(p * 65536.0)); }
 inline double dropout_scale(double p) { return p < 1.0 ? 1.0 / (1.0 - p) : 0.0; }

@@ -3,7 +3,21 @@
 from gankern import nn
 from gankern.backend import use_backend
 from gankern.ops.gan_loss import GanLoss, gan_loss
+from gankern.ops.gradient_norm_penalty import NormPenalty, gradient_norm_penalty
+from gankern.ops.interpolate import interpolate
 from gankern.ops.linear_lrelu import linear_lrelu
+from gankern.regularizers import gradient_penalty
 
 __version__ = "0.1.0"
-__all__ = ["GanLoss", "__version__", "gan_loss", "linear_lrelu", "nn", "use_backend"]
+__all__ = [
+    "GanLoss",
+    "NormPenalty",
+    "__version__",
+    "gan_loss",
+    "gradient_norm_penalty",
+    "gradient_penalty",
+    "interpolate",
+    "linear_lrelu",
+    "nn",
+    "use_backend",
+]

@@ -28,6 +28,8 @@ from triton.runtime.jit import JITFunction
 
 import gankern.triton
 from gankern.triton import gan_loss as losses
+from gankern.triton import gradient_norm_penalty as penalties
+from gankern.triton import interpolate as mixtures
 from gankern.triton import linear_lrelu as linear
 
 Case = tuple[str, Callable[[], object]]
@@ -109,6 +111,18 @@ def product_cases(sm: int) -> Iterator[Case]:
     linear.blocks = choose
 
 
+def penalty_cases(sm: int) -> Iterator[Case]:
+    sizes = [(64, 784), (256, 2), (16, 3 * 64 * 64), (2, 512 * 1024)]  # a flat image, points, a colour image, many shares
+    for dtype, (rows, columns) in itertools.product((torch.float32, torch.bfloat16), sizes if sm == 90 else sizes[:2]):
+        x, name = torch.zeros(rows, columns, dtype=dtype), f"{dtype} {rows}x{columns}"
+        one, each, seed = torch.zeros(()), torch.zeros(rows), torch.zeros(1, dtype=torch.int64)
+        yield name, partial(mixtures.interpolate, x, x, None, seed)
+        yield f"{name} eps", partial(mixtures.interpolate, x, x, each, None)
+        yield name, partial(penalties.gradient_norm_penalty, x, 1.0, False, 10.0)
+        for target, one_sided in ((1.0, False), (1.0, True), (0.0, False)):
+            yield f"{name} {target:g}", partial(penalties.gradient_norm_penalty_grad, one, x, each, target, one_sided, 10.0)
+
+
 def usage(cubin: bytes) -> dict[str, int]:
     """Registers, stack and local memory, from the compiled code itself. A spilled register lives on the stack."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -133,7 +147,7 @@ def main(architectures: list[int]) -> None:
     print(json.dumps(sorted(names.values())))
     for sm in architectures:
         triton.runtime.driver.set_active(Architecture(sm))
-        for case, launch in itertools.chain(gan_loss_cases(sm), act_cases(sm), product_cases(sm)):
+        for case, launch in itertools.chain(gan_loss_cases(sm), act_cases(sm), product_cases(sm), penalty_cases(sm)):
             launch()
             for name, kernel in compiled:
                 row = {"kernel": name, "case": case, "sm": sm, **usage(kernel.asm["cubin"]), "shared": kernel.metadata.shared}

@@ -21,10 +21,10 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def rounded(value, DTYPE: tl.constexpr):
-    """The value in DTYPE, rounded to nearest even, as a GPU rounds; the interpreter would cut bfloat16 off."""
+    """The value in DTYPE, rounded to nearest even, as a GPU rounds; the interpreter truncates to bfloat16 and spoils subnormals."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = value.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         value = tl.where(value == value, nearest, value)  # not NaN, whose bits could carry over into the sign
     return value.to(DTYPE)
 
