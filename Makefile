@@ -17,9 +17,13 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
 .PHONY: train test test-only build lint format bench gpu clean
 .DEFAULT_GOAL := build
 
-# One stamp for each step, so that a second make does nothing. A change of TORCH or PYTHON is seen through the stamp's name.
+# One stamp for each step, so that a second make does nothing; a change of TORCH, TRITON or PYTHON makes the first one anew.
 STAMPS := .stamps
-ENV := $(STAMPS)/env-$(subst /,_,$(subst :,_,$(firstword $(TORCH))))
+ENV := $(STAMPS)/env
+SETTINGS := $(PYTHON) | $(TORCH) | $(TRITON)
+ifneq ($(strip $(SETTINGS)),$(strip $(shell cat $(STAMPS)/settings 2>/dev/null)))
+.PHONY: $(ENV)
+endif
 
 $(ENV): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found: install Python 3.10 or newer (Debian: apt-get install python3 python3-venv python3-dev), or pass PYTHON=..." >&2; exit 1; }
@@ -28,7 +32,7 @@ $(ENV): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q $(TORCH)
 	$(PIP) install -q numpy $(TRITON) "setuptools>=77" wheel pybind11 ninja "pillow>=10.1" rich "tyro>=1.0" safetensors tensorboard matplotlib
-	@mkdir -p $(STAMPS) && touch $@
+	@mkdir -p $(STAMPS) && echo '$(SETTINGS)' >$(STAMPS)/settings && touch $@
 
 $(STAMPS)/dev: $(ENV)
 	$(PIP) install -q pytest pytest-benchmark pytest-timeout pytest-xdist hypothesis ruff==0.17.6 mypy==2.4.1

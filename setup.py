@@ -7,10 +7,12 @@ Without a C++ compiler, or without torch at build time, it installs pure Python 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -110,10 +112,11 @@ class Build(build_ext):
     def _missing(self) -> str:
         if cxx() is None:
             return "no C++ compiler was found: install g++ or clang++"
-        try:
-            import torch  # noqa: F401
-        except ImportError:
-            return "torch is not importable while building: install it first and use pip install --no-build-isolation"
+        if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+            return "Python.h was not found: install the headers of this Python (Debian: python3-dev)"
+        for module in ("torch", "pybind11"):
+            if importlib.util.find_spec(module) is None:
+                return f"{module} is not importable while building: install it first and use pip install --no-build-isolation"
         return ""
 
     def _configure(self) -> None:

@@ -34,7 +34,7 @@ class Progress:
     def update(self, row: dict[str, float]) -> None:
         """Show a row of log.jsonl."""
         step = int(row["step"])
-        left = timedelta(seconds=round((self.steps - step) * self.batch_size / row["images_per_s"]))
+        left = timedelta(seconds=round((self.steps - step) * self.batch_size / max(row["images_per_s"], 0.1)))
         words = (
             f"{row['images_per_s']:.0f} img/s D {row['d_loss']:.3f} G {row['g_loss']:.3f} "
             f"D(x) {row['d_real']:.2f} D(G(z)) {row['d_fake']:.2f} ETA {left}"

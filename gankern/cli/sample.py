@@ -68,5 +68,5 @@ def command(arguments: list[str]) -> int:
                     np.savez(file, samples=samples.numpy())
             else:
                 pictures.save_png(out, pictures.grid(samples))
-    print(f"{options.n} samples of {run.path} after step {state['step']} ({source} weights) in {out}")
+    print(f"{options.n} samples of {run.path} after step {run_dir.step_of(saved)} ({source} weights) in {out}")
     return 0

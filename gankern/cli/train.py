@@ -173,7 +173,9 @@ def restore(trainer: Trainer, batches: data.Batches, saved: Path) -> float:
     device = state.pop("device", None)
     if device != trainer.device.type:
         raise ValueError(f"resume: device must be {device}, whose random state {saved} holds, got {trainer.device.type}")
-    seconds = state.pop("time_s", 0.0)
+    seconds = state.pop("time_s", None)
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise ValueError(f"resume: time_s of {saved} must be a number of seconds, got {seconds!r}")
     position = {key.removeprefix("data."): state.pop(key) for key in list(state) if key.startswith("data.")}
     if position.keys() != batches.state_dict().keys():
         raise ValueError(f"resume: {saved} must hold the data's {', '.join(batches.state_dict())}, got {', '.join(position)}")
@@ -214,14 +216,15 @@ def fit(preset: str, ready: Ready) -> int:
         while trainer.steps_done < config.steps and not stop.signal:
             out = trainer.step(next(batches))
             step, last = trainer.steps_done, trainer.steps_done == config.steps
-            if last or step % config.log_every == 0:
-                bad = reporter.log(out)
-                if bad:
-                    print(f"gankern-train: training diverged: {bad} at step {step}; the log stops before it", file=sys.stderr)
-                    return 1
+            saving = last or bool(config.checkpoint_every and step % config.checkpoint_every == 0)
+            logging = last or step % config.log_every == 0
+            bad = reporter.log(out) if logging else reporter.read(out)[1] if saving else ""
+            if bad:  # never saved: the last checkpoint stays good
+                print(f"gankern-train: training diverged: {bad} at step {step}; the log stops before it", file=sys.stderr)
+                return 1
             if last or (config.sample_every and step % config.sample_every == 0):
                 reporter.sample(f"fakes{step:06d}.png")
-            if last or (config.checkpoint_every and step % config.checkpoint_every == 0):
+            if saving:
                 reporter.save()
         reporter.save()
     if trainer.steps_done < config.steps:
@@ -272,11 +275,15 @@ class Reporter:
             self._picture("reals", "reals.png", data.to_float(images.images[chosen]))
         self.sample("fakes_init.png")
 
-    def log(self, out: dict[str, Tensor]) -> str:
-        """One row. The only place that waits for the device. Returns "" or, having written nothing, which loss is not finite."""
+    def read(self, out: dict[str, Tensor]) -> tuple[dict[str, float], str]:
+        """The numbers of a step, and which of them is not finite, or "". The only place that waits for the device."""
         names = ("d_loss", "g_loss", "d_real", "d_fake")
         values = dict(zip(names, torch.stack([out[name].float() for name in names]).tolist(), strict=True))
-        bad = ", ".join(f"{k} is {v}" for k, v in values.items() if not abs(v) < float("inf"))
+        return values, ", ".join(f"{k} is {v}" for k, v in values.items() if not abs(v) < float("inf"))
+
+    def log(self, out: dict[str, Tensor]) -> str:
+        """One row. Returns "" or, having written nothing, which number is not finite."""
+        values, bad = self.read(out)
         if bad:
             return bad
         now, step = time.perf_counter(), self.trainer.steps_done

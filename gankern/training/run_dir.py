@@ -67,12 +67,15 @@ class RunDir:
 
     @classmethod
     def newest(cls, outdir: Path, preset: str, data: str) -> RunDir | None:
-        """The run of this preset and data with the highest number under `outdir`; directories that are no runs are passed over."""
+        """The run of this preset and data with the highest number under `outdir`; directories without a config are passed over.
+
+        Raises:
+            ValueError: a config.json on the way is damaged: it may be the very run that is asked for.
+        """
         for _, path in sorted(_numbered(outdir), reverse=True):
-            try:
-                run = cls(path)
-            except ValueError:
+            if not (path / CONFIG).is_file():
                 continue
+            run = cls(path)
             if (run.preset, run.config.data) == (preset, data):
                 return run
         return None
