@@ -522,11 +522,15 @@ def test_runs_are_numbered_and_found_again(tmp_path: Path) -> None:
     assert [r.path.name for r in (first, second, third)] == [f"0000{i}-gan-my-data-v2-b64" for i in range(3)]
     (out / "00007-gan-broken").mkdir()
     (out / "00009-notes.txt").touch()
-    assert new_run(out).path.name.startswith("00008-")
-    (out / "00008-gan-my-data-v2-b64" / "config.json").write_text("{}")
     newest = RunDir.newest(out, "gan", "mnist")
     assert newest is not None
     assert newest.path == third.path
+    damaged = new_run(out).path
+    assert damaged.name.startswith("00008-")
+    (damaged / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=damaged.name):  # not passed over in silence: it may be the run that is asked for
+        RunDir.newest(out, "gan", "mnist")
+    (damaged / "config.json").unlink()
     assert RunDir.newest(out, "wgan", "mnist") is None
     assert RunDir.newest(tmp_path / "none", "gan", "mnist") is None
 
