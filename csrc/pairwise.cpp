@@ -208,7 +208,7 @@ void features_gradients(const char* op, const Tensor* h, const Tensor& g, const 
         take(in, s, b, s.c, t.data());
         take(cotangent, s, b, 1, t_g.data());
         std::fill(sums.begin(), sums.end(), A(0));
-        if (along == nullptr) {
+        if (h == nullptr) {
           grad_of(t.data(), t_g.data(), s.n, s.c, d.data(), q.data(), sums.data());
         } else {
           take(along, s, b, s.c, t_h.data());

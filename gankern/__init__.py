@@ -4,6 +4,18 @@ from gankern import nn
 from gankern.backend import use_backend
 from gankern.ops.gan_loss import GanLoss, gan_loss
 from gankern.ops.linear_lrelu import linear_lrelu
+from gankern.ops.pairwise import minibatch_distance, minibatch_features, mmd2, pulling_away
 
 __version__ = "0.1.0"
-__all__ = ["GanLoss", "__version__", "gan_loss", "linear_lrelu", "nn", "use_backend"]
+__all__ = [
+    "GanLoss",
+    "__version__",
+    "gan_loss",
+    "linear_lrelu",
+    "minibatch_distance",
+    "minibatch_features",
+    "mmd2",
+    "nn",
+    "pulling_away",
+    "use_backend",
+]

@@ -431,7 +431,9 @@ def test_a_forced_name_that_is_none_is_one_sentence(capsys: Capture, monkeypatch
     monkeypatch.setattr(backend, "_name", "fast")
     for command in (["doctor"], ["train", "gan", "--dry-run"]):
         assert main(command) == 2
-        assert capsys.readouterr().err.strip().endswith("GANKERN_BACKEND: name must be one of reference, compiled, triton, got 'fast'")
+        assert (
+            capsys.readouterr().err.strip().endswith("GANKERN_BACKEND: name must be one of reference, compiled, triton, got 'fast'")
+        )
 
 
 @pytest.fixture
