@@ -100,25 +100,17 @@ GK_HD void gram_row(A* __restrict__ gram, A sq_a, const A* __restrict__ sq_b, co
   for (int64_t first = 0; first < n; first += kTile) {
     const int64_t width = std::min(kTile, n - first);
     A *g = gram + first, d[kTile], k[kTile];
-    if (count == 0) {
+    for (int64_t j = 0; j < width; ++j) {
+      const A squared = sq_a + sq_b[first + j] - A(2) * g[j];
+      d[j] = squared < A(0) ? A(0) : squared;
+      k[j] = g[j] = A(0);
+    }
+    for (int64_t s = 0; s < count; ++s) {
+      const A gamma = gammas[s];
       for (int64_t j = 0; j < width; ++j) {
-        k[j] = g[j] * g[j];
-        g[j] *= A(2);
-      }
-    } else {
-      for (int64_t j = 0; j < width; ++j) {
-        const A squared = sq_a + sq_b[first + j] - A(2) * g[j];
-        d[j] = squared < A(0) ? A(0) : squared;
-      }
-      std::fill(k, k + width, A(0));
-      std::fill(g, g + width, A(0));
-      for (int64_t s = 0; s < count; ++s) {
-        const A gamma = gammas[s];
-        for (int64_t j = 0; j < width; ++j) {
-          const A e = exp_nonpositive(-gamma * d[j]);
-          k[j] += e;
-          g[j] += A(2) * gamma * e;
-        }
+        const A e = exp_nonpositive(-gamma * d[j]);
+        k[j] += e;
+        g[j] += A(2) * gamma * e;
       }
     }
     total += row_sum(k, width);

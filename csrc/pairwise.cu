@@ -5,6 +5,13 @@
 
 #include "launch.h"
 
+#ifdef GK_SIM
+#define GK_UNROLL(times)
+#else
+#define GK_PRAGMA(words) _Pragma(#words)
+#define GK_UNROLL(times) GK_PRAGMA(unroll times)
+#endif
+
 namespace gankern {
 namespace {
 
@@ -17,10 +24,10 @@ struct Place {
   std::int64_t n, b_all, c, top, b, own;
 
   __device__ __forceinline__ Place(std::int64_t n_, std::int64_t b_, std::int64_t c_) : n(n_), b_all(b_), c(c_) {
-    const std::int64_t tiles = (n + kTile - 1) / kTile, block = blockIdx.x;
-    top = block % tiles * kTile;
-    b = block / tiles % b_all;
-    own = block / tiles / b_all * kTile;
+    const unsigned tiles = static_cast<unsigned>((n + kTile - 1) / kTile), spaces = static_cast<unsigned>(b_all), rest = blockIdx.x / tiles;
+    top = static_cast<std::int64_t>(blockIdx.x % tiles) * kTile;
+    b = rest % spaces;
+    own = static_cast<std::int64_t>(rest / spaces) * kTile;
   }
   __device__ __forceinline__ std::int64_t pair(std::int64_t i) const { return i * b_all + b; }  // where (i, b) lies in [N, B]
 };
@@ -77,6 +84,7 @@ __global__ void __launch_bounds__(kThreads)
     features_grad_kernel(const T* __restrict__ h, const T* __restrict__ g, const T* __restrict__ m, T* __restrict__ dg, T* __restrict__ dm, std::int64_t n,
                          std::int64_t b, std::int64_t c) {
   using A = sum_t<T>;
+  [[maybe_unused]] constexpr int kUnroll = kSecond ? 4 : kTile;  // what keeps ptxas from spilling
   GK_SHARED(A, mine, [kTile][kTile + 1]);
   GK_SHARED(A, other, [kTile][kTile + 1]);
   GK_SHARED(A, weights, [kTile][kTile + 1]);
@@ -97,6 +105,7 @@ __global__ void __launch_bounds__(kThreads)
         load_tile(h, at, first, c0, along);
       }
       __syncthreads();
+      GK_UNROLL(kUnroll)
       for (int k = 0; k < kTile; ++k) {
         const A difference = mine[r][k] - other[s][k];
         distance += abs_value(difference);
@@ -146,12 +155,10 @@ __global__ void __launch_bounds__(kGramThreads)
     A& g = gram[i * columns + j];
     A k = 0, w = 0;
     if (!upper || j > i) {
-      if (gammas.count == 0) {
-        k = g * g;
-        w = 2 * g;
-      } else {
-        const A squared = mine + sq_b[j] - 2 * g, d = squared < A(0) ? A(0) : squared;
-        for (int s = 0; s < gammas.count; ++s) {
+      const A squared = mine + sq_b[j] - 2 * g, d = squared < A(0) ? A(0) : squared;
+      GK_UNROLL(kGammas)  // so that no gamma is indexed at run time
+      for (int s = 0; s < kGammas; ++s) {
+        if (s < gammas.count) {
           const A e = exp_nonpositive(-gammas.value[s] * d);
           k += e;
           w += 2 * gammas.value[s] * e;

@@ -118,17 +118,14 @@ def _gram_kernel(
         column = step * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)[None, :]
         inside = (row < R) & (column < M)
         gram = tl.load(gram_ptr + row * M + column, mask=inside, other=0.0)
-        k = gram * gram
-        w = 2 * gram
-        if COUNT > 0:
-            d = sq_a + tl.load(sq_b_ptr + column, mask=column < M, other=0.0) - 2 * gram
-            d = tl.where(d < 0, 0.0, d)
-            k = tl.zeros_like(gram)
-            w = tl.zeros_like(gram)
-            for s in tl.static_range(COUNT):
-                e = tl.exp(-d * GAMMAS[s])
-                k += e
-                w += e * (2 * GAMMAS[s])
+        d = sq_a + tl.load(sq_b_ptr + column, mask=column < M, other=0.0) - 2 * gram
+        d = tl.where(d < 0, 0.0, d)
+        k = tl.zeros_like(gram)
+        w = tl.zeros_like(gram)
+        for s in tl.static_range(COUNT):
+            e = tl.exp(-d * GAMMAS[s])
+            k += e
+            w += e * (2 * GAMMAS[s])
         pair = inside & (column > row) if UPPER else inside
         k = tl.where(pair, k, 0.0)
         w = tl.where(pair, w, 0.0)
@@ -142,12 +139,12 @@ def _gram_kernel(
 # --- launchers ------------------------------------------------------------------------------------------------------------------
 
 
-def _blocks(n: int, c: int) -> dict[str, Any]:
-    """Tile of rows and of dimensions: 4096 differences at a time."""
+def _blocks(m: Tensor, gradient: bool) -> dict[str, Any]:
+    """Tile of rows and of dimensions: so many that no register is spilled (sm_80, sm_90, sm_100)."""
+    n, _, c = m.shape
     if INTERPRETED:
         return {"ROWS": min(power_of_two(n), 128), "DEPTH": min(power_of_two(c), 64)}
-    depth = min(power_of_two(c), 16)
-    return {"ROWS": 32 if depth <= 4 else 16, "DEPTH": depth, "num_warps": 4}
+    return {"ROWS": 16, "DEPTH": min(power_of_two(c), 16 // (1 + gradient) // (1 + (m.dtype == torch.float64))), "num_warps": 4}
 
 
 def pairwise_features(m: Tensor) -> Tensor:
@@ -156,7 +153,7 @@ def pairwise_features(m: Tensor) -> Tensor:
     o = m.new_empty(n, b)
     if o.numel() == 0:
         return o
-    blocks = _blocks(n, c)
+    blocks = _blocks(m, False)
     with on_device(m):
         _features_kernel[(ceil_div(n, blocks["ROWS"]) * b,)](m, o, n, b, c, **blocks)
     return o
@@ -164,7 +161,7 @@ def pairwise_features(m: Tensor) -> Tensor:
 
 def _gradients(h: Tensor | None, g: Tensor, m: Tensor, dg: Tensor | None, dm: Tensor) -> None:
     n, b, c = m.shape
-    blocks = _blocks(n, c)
+    blocks = _blocks(m, True)
     with on_device(m):
         _features_grad_kernel[(ceil_div(n, blocks["ROWS"]) * b, ceil_div(c, blocks["DEPTH"]))](h, g, m, dg, dm, n, b, c, **blocks)
 
