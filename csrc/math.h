@@ -85,6 +85,12 @@ GK_HD T abs_value(T a) {
   return a < T(0) ? -a : a;
 }
 
+// 1, 0 or -1; 0 for NaN
+template <typename T>
+GK_HD T sign_of(T a) {
+  return a > T(0) ? T(1) : a < T(0) ? T(-1) : T(0);
+}
+
 // sigmoid(a), from e = exp(-|a|)
 template <typename T>
 GK_HD T sigmoid_from(T a, T e) {

@@ -31,6 +31,7 @@ from gankern.triton import gan_loss as losses
 from gankern.triton import gradient_norm_penalty as penalties
 from gankern.triton import interpolate as mixtures
 from gankern.triton import linear_lrelu as linear
+from gankern.triton import pairwise as pairs
 
 Case = tuple[str, Callable[[], object]]
 
@@ -123,6 +124,20 @@ def penalty_cases(sm: int) -> Iterator[Case]:
             yield f"{name} {target:g}", partial(penalties.gradient_norm_penalty_grad, one, x, each, target, one_sided, 10.0)
 
 
+def pairwise_cases(sm: int) -> Iterator[Case]:
+    shapes = [(64, 50, 5), (64, 8, 3), (64, 10, 40)]
+    for dtype, shape in itertools.product((torch.float32, torch.bfloat16, torch.float64), shapes if sm == 90 else shapes[:1]):
+        m, g, name = torch.zeros(shape, dtype=dtype), torch.zeros(shape[:2], dtype=dtype), f"{dtype} {shape}"
+        yield name, partial(pairs.pairwise_features, m)
+        yield name, partial(pairs.pairwise_features_grad, g, m)
+        yield f"{name} second", partial(pairs.pairwise_features_grad2, m, g, m)
+    for dtype, columns in itertools.product((torch.float32, torch.float64), (64, 4096) if sm == 90 else (4096,)):
+        gram, sq = torch.zeros(128, columns, dtype=dtype), torch.zeros(columns, dtype=dtype)
+        for gammas in ([0.5, 0.125, 0.03125, 0.0078125, 0.001953125], [0.5]):
+            name = f"{dtype} {columns} columns, {len(gammas)} widths"
+            yield name, partial(pairs.pairwise_gram_, gram, sq.new_zeros(128), sq, gammas, len(gammas) == 1)
+
+
 def usage(cubin: bytes) -> dict[str, int]:
     """Registers, stack and local memory, from the compiled code itself. A spilled register lives on the stack."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -147,7 +162,8 @@ def main(architectures: list[int]) -> None:
     print(json.dumps(sorted(names.values())))
     for sm in architectures:
         triton.runtime.driver.set_active(Architecture(sm))
-        for case, launch in itertools.chain(gan_loss_cases(sm), act_cases(sm), product_cases(sm), penalty_cases(sm)):
+        cases = (gan_loss_cases, act_cases, product_cases, penalty_cases, pairwise_cases)
+        for case, launch in itertools.chain.from_iterable(make(sm) for make in cases):
             launch()
             for name, kernel in compiled:
                 row = {"kernel": name, "case": case, "sm": sm, **usage(kernel.asm["cubin"]), "shared": kernel.metadata.shared}
