@@ -86,8 +86,9 @@ class Critic(OpGroup):
         shapes = [s for a, b in itertools.pairwise(self.sizes) for s in ((b, a), (b,))]
         parameters = [(torch.randn(s) * (2 / s[-1]) ** 0.5 if len(s) == 2 else torch.zeros(s)) for s in shapes]
         samples = [torch.randn(self.batch, self.sizes[0]), torch.randn(self.batch, self.sizes[0]), torch.rand(self.batch)]
-        if exact:  # products of few bits: every rival finds the same signs, and so the same slopes
-            samples = [(t.clamp(-4, 4) * 8).round() / 8 for t in samples]
+        if exact:  # biases 8 deviations off zero: no rounding turns a sign, so every rival has the same slopes
+            for i, bias in enumerate(parameters[1::2]):
+                bias.copy_((torch.randint(0, 2, bias.shape) * 2 - 1) * 8.0 ** (i + 1))
         return [t.to(self.device) for t in samples] + [p.to(self.device).requires_grad_() for p in parameters]
 
     def function(self, rival: str) -> Function:

@@ -95,7 +95,9 @@ def _check(grad: Any, target: Any, sided: Any, weight: Any) -> None:
 
 
 def _choose(grad: Tensor) -> str:
-    """The automatic choice: a kernel wherever there is one; on CUDA not yet measured."""
+    """The automatic choice: a kernel wherever there is one. One CPU thread, against eager, alternating medians: with the backward
+    pass 16x784 1.8, 64x784 2.6, 256x784 2.2, 64x3x32x32 2.5 times as fast; with a double backward pass 16x784 1.07, 64x784 1.6,
+    256x784 2.1. On CUDA not yet measured."""
     if torch.compiler.is_compiling():
         return "reference"  # Inductor fuses it
     return next((name for name in ("compiled", "triton") if not backend.problem(name, grad.device.type)), "reference")
