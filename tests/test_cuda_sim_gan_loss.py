@@ -17,7 +17,9 @@ def test_every_term(term: str, reduction: int) -> None:
     """What real and fake samples pay, mixtures by number and by sample, and a generator's side."""
     for dtype in (torch.float32, torch.float64):
         compare_loss(make_case(33, 20, dtype, reduction, one_vector=True, real=(term, 1.0, 1.0), fake=(term, 1.0, 0.0)))
-        compare_loss(make_case(33, 20, dtype, reduction, one_vector=False, targets=True, real=(term, 1.0, 0.0), fake=(term, -2.0, 0.0)))
+        compare_loss(
+            make_case(33, 20, dtype, reduction, one_vector=False, targets=True, real=(term, 1.0, 0.0), fake=(term, -2.0, 0.0))
+        )
         compare_loss(make_case(0, 33, dtype, reduction, one_vector=True, real=("bce", 0.0, 0.0), fake=(term, -1.0, 0.25)))
 
 
@@ -55,5 +57,7 @@ def test_relative_of_many_blocks(relative: int, reduction: int) -> None:
 @pytest.mark.parametrize("sizes", [(0, 0), (0, 3), (3, 0)])
 def test_averages_of_empty_halves(sizes: tuple[int, int]) -> None:
     for reduction in range(3):
-        case = make_case(*sizes, torch.float32, reduction, one_vector=False, real=("bce", 1.0, 1.0), fake=("bce", 1.0, 0.0), relative=2)
+        case = make_case(
+            *sizes, torch.float32, reduction, one_vector=False, real=("bce", 1.0, 1.0), fake=("bce", 1.0, 0.0), relative=2
+        )
         compare_loss(case)

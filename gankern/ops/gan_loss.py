@@ -510,9 +510,7 @@ def _relative_adjoint(v: Tensor, n_real: int, relative: int) -> Tensor:
     return _relative(v, n_real, relative)
 
 
-def _times(
-    g: Tensor, ga: Tensor, gb: Tensor, a: Tensor, b: Tensor | None, n_real: int, spec: Spec
-) -> tuple[Tensor, Tensor | None]:
+def _times(g: Tensor, ga: Tensor, gb: Tensor, a: Tensor, b: Tensor | None, n_real: int, spec: Spec) -> tuple[Tensor, Tensor | None]:
     """g, a number or one a logit, times the gradient of each half, in the dtype of the logits."""
     if g.dim() > 0:
         slopes = g * _one_vector(ga, None if b is None else gb)
