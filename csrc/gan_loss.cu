@@ -42,13 +42,13 @@ struct Logit {
 
   __device__ __forceinline__ Logit(const Halves<T>& h, std::int64_t i, A mean_real = 0, A mean_fake = 0)
       : fake(i >= h.n_real), j(fake ? i - h.n_real : i) {
-    const Part<A>& part = fake ? h.fake_part : h.real_part;
-    const A t = part.targets != nullptr ? part.targets[j] : part.target;
+    const A* targets = fake ? h.fake_part.targets : h.real_part.targets;  // field by field: a reference to one of the parts is a stack frame
+    const A t = targets != nullptr ? targets[j] : fake ? h.fake_part.target : h.real_part.target;
     a = static_cast<A>((fake ? h.fake : h.real)[j]);
-    weight = part.weight;
-    scale = part.scale;
+    weight = fake ? h.fake_part.weight : h.real_part.weight;
+    scale = fake ? h.fake_part.scale : h.real_part.scale;
     const A origin = h.relative == kPair ? static_cast<A>((fake ? h.real : h.fake)[j]) : fake ? mean_real : mean_fake;
-    term = term_of(part.term, h.relative == kNo ? a : a - origin, t);
+    term = term_of(fake ? h.fake_part.term : h.real_part.term, h.relative == kNo ? a : a - origin, t);
   }
 
   __device__ __forceinline__ A slope() const { return weight != 0 ? scale * term.slope : A(0); }

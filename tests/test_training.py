@@ -97,7 +97,7 @@ def test_loss_has_every_objective(objective: str) -> None:
     assert loss.generator(fake, real).loss == gan_loss(real, fake, objective, "generator").loss
     assert loss.relativistic == objective.startswith("relativistic")
     if loss.relativistic:
-        with pytest.raises(ValueError, match="^gan_loss: real must be given for a relativistic objective, got None$"):
+        with pytest.raises(ValueError, match=r"^gan_loss: real must be given for a relativistic objective, got None$"):
             loss.generator(fake)
 
 

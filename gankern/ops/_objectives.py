@@ -59,7 +59,7 @@ def _beyond(v: Tensor) -> Tensor:
 
 
 def _bce(a: Tensor, t: Label) -> Tensor:
-    # nothing overflows or cancels, and autograd is right at a = 0 too, where relu(a) - t a + log1p(exp(-|a|)) would have the slope -t
+    # nothing overflows or cancels; autograd is right at a = 0 too, where relu(a) - t a + log1p(exp(-|a|)) would have the slope -t
     return (t - 1) * F.logsigmoid(-a) - t * F.logsigmoid(a)
 
 
@@ -205,7 +205,7 @@ OBJECTIVES = {
 
 
 class Spec(NamedTuple):
-    """What each half pays, with the labels filled in: (term, weight, target) twice; the numbers of the reduction and of RELATIVE."""
+    """What each half pays, labels filled in: (term, weight, target) twice; then the reduction's number and that of RELATIVE."""
 
     real: tuple[str, float, float]
     fake: tuple[str, float, float]

@@ -108,16 +108,16 @@ def _term(a, t, CODE: tl.constexpr):
         curvature = _mix(t, zero, 0.5 * one)
     else:  # 8, hellinger
         v, d, h = _exp(-a)
-        w, k, l = _exp(a)
+        w, dw, hw = _exp(a)
         value = _mix(t, v - 1.0, w - 1.0)
-        slope = _mix(t, -d, k)
-        curvature = _mix(t, h, l)
+        slope = _mix(t, -d, dw)
+        curvature = _mix(t, h, hw)
     return value, slope, curvature
 
 
 @triton.jit
 def _loss_term(x, t, inside, WEIGHT: tl.constexpr, CODE: tl.constexpr):
-    """Value and slope of a half's term, 0 outside it; a term that pays nothing is left out, not multiplied by 0: it may be infinite."""
+    """Value and slope of a half's term, 0 outside it; one that pays nothing is left out, not multiplied by 0: it may be inf."""
     value = tl.zeros_like(x)
     slope = tl.zeros_like(x)
     if WEIGHT != 0:
