@@ -60,14 +60,19 @@ __device__ __forceinline__ A mean_of(A sum, std::int64_t n) {
   return sum / static_cast<A>(n);
 }
 
-// From the sums over all logits: stats [3], and the loss [1] unless the reduction is none
+// From the sums over all logits: stats [3], the loss [1] unless the reduction is none, and what averages take off the gradient of the halves
 template <typename T>
-__device__ __forceinline__ void finish(const Halves<T>& h, const sum_t<T> (&sums)[kSums], std::int64_t reduction, sum_t<T>* loss, sum_t<T>* stats) {
+__device__ __forceinline__ void finish(const Halves<T>& h, const sum_t<T> (&sums)[kSums], std::int64_t reduction, sum_t<T>* loss, sum_t<T>* stats,
+                                       sum_t<T>* shift) {
   const std::int64_t n_fake = h.n - h.n_real;
   stats[0] = mean_of(sums[kSigmoidReal], h.n_real);
   stats[1] = mean_of(sums[kSigmoidFake], n_fake);
   stats[2] = mean_of(sums[kRight], h.n);
   if (reduction == kNone) return;
+  if (h.relative == kAverage) {
+    shift[0] = mean_of(sums[kSlopeFake], h.n_real);
+    shift[1] = mean_of(sums[kSlopeReal], n_fake);
+  }
   sum_t<T> value = 0;
   if (h.real_part.weight != 0) value += reduction == kMean ? mean_of(sums[kLossReal], h.n_real) : sums[kLossReal];
   if (h.fake_part.weight != 0) value += reduction == kMean ? mean_of(sums[kLossFake], n_fake) : sums[kLossFake];
@@ -120,12 +125,12 @@ __global__ void __launch_bounds__(kThreads) mean_kernel(Halves<T> h, sum_t<T>* _
   for (int k = 0; k < 2; ++k) parts[static_cast<std::int64_t>(blockIdx.x) * 2 + k] = sums[k];
 }
 
-// The gradient of logit i loses the mean of the other half's slopes.
+// The gradient of logit i loses its half's share of the slopes of the other half.
 template <typename T>
-__device__ __forceinline__ void shift_gradient(const Halves<T>& h, std::int64_t i, sum_t<T> slope_real, sum_t<T> slope_fake, sum_t<T>* grad_real,
+__device__ __forceinline__ void shift_gradient(const Halves<T>& h, std::int64_t i, sum_t<T> shift_real, sum_t<T> shift_fake, sum_t<T>* grad_real,
                                                sum_t<T>* grad_fake) {
-  if (i < h.n_real) grad_real[i] -= mean_of(slope_fake, h.n_real);
-  else grad_fake[i - h.n_real] -= mean_of(slope_real, h.n - h.n_real);
+  if (i < h.n_real) grad_real[i] -= shift_real;
+  else grad_fake[i - h.n_real] -= shift_fake;
 }
 
 // grad_real and grad_fake have a value for each logit of their half; loss [n] when the reduction is none. The only block finishes; one of
@@ -139,10 +144,8 @@ __global__ void __launch_bounds__(kThreads)
   if (h.relative == kAverage) means(h, parts, gridDim.x, mean);
   for (std::int64_t i = grid_thread(); i < h.n; i += grid_stride()) {
     const Logit<T> l(h, i, mean[0], mean[1]);
-    const A value = l.weight != 0 ? l.weight * l.term.value : A(0), slope = l.slope();
-    A grad = slope;
-    if (h.relative == kPair && reduction != kNone) grad -= Logit<T>(h, l.fake ? l.j : h.n_real + l.j).slope();
-    (l.fake ? grad_fake : grad_real)[l.j] = grad;
+    const A value = l.weight != 0 ? l.weight * l.term.value : A(0);
+    (l.fake ? grad_fake : grad_real)[l.j] = l.slope();
     if (reduction == kNone) loss[i] = value;
     sums[kLossReal] += l.fake ? A(0) : value;
     sums[kLossFake] += l.fake ? value : A(0);
@@ -150,22 +153,35 @@ __global__ void __launch_bounds__(kThreads)
     sums[kSigmoidReal] += l.fake ? A(0) : d;
     sums[kSigmoidFake] += l.fake ? d : A(0);
     sums[kRight] += (l.fake ? l.a <= 0 : l.a > 0) ? A(1) : A(0);
-    sums[kSlopeReal] += l.fake ? A(0) : slope;
-    sums[kSlopeFake] += l.fake ? slope : A(0);
+  }
+  if (h.relative == kAverage) {  // each thread reads what it wrote: the pass above needs its registers
+    for (std::int64_t i = grid_thread(); i < h.n; i += grid_stride()) {
+      if (i < h.n_real) sums[kSlopeReal] += grad_real[i];
+      else sums[kSlopeFake] += grad_fake[i - h.n_real];
+    }
   }
   block_sum<kSums>(sums);
-  if (gridDim.x == 1 && h.relative == kAverage && reduction != kNone) {
-    broadcast<kSums>(sums);
-    for (std::int64_t i = threadIdx.x; i < h.n; i += blockDim.x)  // each thread its own
-      shift_gradient(h, i, sums[kSlopeReal], sums[kSlopeFake], grad_real, grad_fake);
+  A shift[2] = {};
+  if (threadIdx.x == 0) {
+    if (gridDim.x == 1) finish(h, sums, reduction, loss, stats, shift);
+    else
+      for (int k = 0; k < kSums; ++k) partials[static_cast<std::int64_t>(blockIdx.x) * kSums + k] = sums[k];
   }
-  if (threadIdx.x != 0) return;
-  if (gridDim.x == 1) finish(h, sums, reduction, loss, stats);
-  else
-    for (int k = 0; k < kSums; ++k) partials[static_cast<std::int64_t>(blockIdx.x) * kSums + k] = sums[k];
+  if (h.relative == kNo || reduction == kNone) return;
+  // from the slopes in what the terms take to the gradient, each thread where it wrote; a pass of its own needs fewer registers
+  if (h.relative == kPair) {
+    for (std::int64_t i = grid_thread(); i < h.n; i += grid_stride()) {
+      const bool fake = i >= h.n_real;
+      const std::int64_t j = fake ? i - h.n_real : i;
+      (fake ? grad_fake : grad_real)[j] -= Logit<T>(h, fake ? j : h.n_real + j).slope();
+    }
+  } else if (gridDim.x == 1) {
+    broadcast<2>(shift);
+    for (std::int64_t i = threadIdx.x; i < h.n; i += blockDim.x) shift_gradient(h, i, shift[0], shift[1], grad_real, grad_fake);
+  }
 }
 
-// One block: loss and stats from partials [blocks, kSums]; the slopes' sums return in row 0
+// One block: loss and stats from partials [blocks, kSums]; what averages take off returns in its first two
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     finish_kernel(Halves<T> h, std::int64_t reduction, sum_t<T>* __restrict__ partials, std::int64_t blocks, sum_t<T>* __restrict__ loss,
@@ -174,10 +190,7 @@ __global__ void __launch_bounds__(kThreads)
   for (std::int64_t i = threadIdx.x; i < blocks; i += blockDim.x)
     for (int k = 0; k < kSums; ++k) sums[k] += partials[i * kSums + k];
   block_sum<kSums>(sums);  // after its barrier nobody reads partials
-  if (threadIdx.x != 0) return;
-  finish(h, sums, reduction, loss, stats);
-  partials[kSlopeReal] = sums[kSlopeReal];
-  partials[kSlopeFake] = sums[kSlopeFake];
+  if (threadIdx.x == 0) finish(h, sums, reduction, loss, stats, partials);
 }
 
 // The part of the gradient that passes through the means; partials as finish_kernel leaves them
@@ -185,7 +198,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     shift_kernel(Halves<T> h, const sum_t<T>* __restrict__ partials, sum_t<T>* __restrict__ grad_real, sum_t<T>* __restrict__ grad_fake) {
   for (std::int64_t i = grid_thread(); i < h.n; i += grid_stride())
-    shift_gradient(h, i, partials[kSlopeReal], partials[kSlopeFake], grad_real, grad_fake);
+    shift_gradient(h, i, partials[0], partials[1], grad_real, grad_fake);
 }
 
 // out [n] = g * c * curvature, scaled as the gradient is; g [n] or, when !g_each, [1]
