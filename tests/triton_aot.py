@@ -70,10 +70,17 @@ def gan_loss_cases(sm: int) -> Iterator[Case]:
         a, c, one = torch.zeros(n, dtype=dtype), torch.zeros(n, dtype=compute), torch.ones((), dtype=compute)
         numbers = (0, 1.0, 0.9, None, 0, 1.0, 0.0, None, 1)
         tensors = (0, 1.0, 0.0, c[:half], 0, 1.0, 0.0, c[:half], 0)
-        yield name, partial(losses.gan_loss, a, None, half, *numbers)
+        yield name, partial(losses.gan_loss, a, None, half, *numbers, 0)
+        for relative in (1, 2):
+            yield f"{name} relative {relative}", partial(losses.gan_loss, a, None, half, *numbers, relative)
         yield f"{name} grad2", partial(losses.gan_loss_grad2, a, None, half, *numbers, one, c)
         if dtype == torch.float32:
-            yield f"{name} two halves", partial(losses.gan_loss, a[:half], a[half:], half, *tensors)
+            yield f"{name} two halves", partial(losses.gan_loss, a[:half], a[half:], half, *tensors, 0)
+    for code in range(1, 10):  # every other term, mixing what real and fake samples pay
+        part = (code, 1.0, 0.9, None)
+        a, one = torch.zeros(256), torch.ones(())
+        yield f"term {code}", partial(losses.gan_loss, a, None, 128, *part, *part, 1, 0)
+        yield f"term {code} grad2", partial(losses.gan_loss_grad2, a, None, 128, *part, *part, 1, one, a)
 
 
 def act_cases(sm: int) -> Iterator[Case]:
