@@ -3,7 +3,8 @@
 "forward" runs under no_grad, "backward" is the value and its gradients, "double" (features only) what a gradient penalty costs:
 the first derivative with create_graph=True and the gradient of the sum of its squares. Sizes are N x B x C (features) and
 N x N x D (mmd2, both halves with a gradient; pulling: N x D). eager is what people write: all pairs at once, for MMD² the three
-Gram matrices of the MMD-GAN code; 4096 x 4096 x 128 only with --all-rivals. torch.compile has rows at one size; --all-rivals: at all.
+Gram matrices of the MMD-GAN code; 4096 x 4096 x 128 only with --all-rivals. torch.compile has rows at one size;
+--all-rivals: at all.
 """
 
 from __future__ import annotations
