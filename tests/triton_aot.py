@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 import gankern.triton
 from gankern.triton import gan_loss as losses
 from gankern.triton import linear_lrelu as linear
+from gankern.triton import spectral_norm as spectral
 
 Case = tuple[str, Callable[[], object]]
 
@@ -109,6 +110,16 @@ def product_cases(sm: int) -> Iterator[Case]:
     linear.blocks = choose
 
 
+def spectral_norm_cases(sm: int) -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64) if sm == 90 else (torch.float32,):
+        weights, u, v = ([torch.zeros(*s, dtype=dtype) for s in ss] for ss in (((256, 784), (64, 32, 4, 4)), ((256,), (32,)), ((784,), (1024,))))
+        dims, offsets = [0, 1], [0, 1041]
+        state = torch.zeros(offsets[1] + 32 + 1024 + 1, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        for iterations in (0, 2):
+            yield f"{dtype} {iterations}", partial(spectral.spectral_norm, weights, u, v, dims, iterations, 1e-12)
+        yield f"{dtype}", partial(spectral.spectral_norm_grad, weights, weights, state, offsets, dims)
+
+
 def usage(cubin: bytes) -> dict[str, int]:
     """Registers, stack and local memory, from the compiled code itself. A spilled register lives on the stack."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -133,7 +144,7 @@ def main(architectures: list[int]) -> None:
     print(json.dumps(sorted(names.values())))
     for sm in architectures:
         triton.runtime.driver.set_active(Architecture(sm))
-        for case, launch in itertools.chain(gan_loss_cases(sm), act_cases(sm), product_cases(sm)):
+        for case, launch in itertools.chain(gan_loss_cases(sm), act_cases(sm), product_cases(sm), spectral_norm_cases(sm)):
             launch()
             for name, kernel in compiled:
                 row = {"kernel": name, "case": case, "sm": sm, **usage(kernel.asm["cubin"]), "shared": kernel.metadata.shared}
