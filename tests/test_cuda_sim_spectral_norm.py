@@ -39,7 +39,9 @@ def sizes(shapes: list[tuple[int, int, int]]) -> int:
     return sum(rows + outer * inner + 1 for outer, rows, inner in shapes)
 
 
-def forward(ws: list[Tensor], us: list[Tensor], vs: list[Tensor], iterations: int, shift: int = 0) -> tuple[list[Tensor], Tensor, int]:
+def forward(
+    ws: list[Tensor], us: list[Tensor], vs: list[Tensor], iterations: int, shift: int = 0
+) -> tuple[list[Tensor], Tensor, int]:
     dtype, shapes = ws[0].dtype, [tuple(w.shape) for w in ws]
     words = ("forward", dtype, iterations, 1e-12, shift, len(ws), *(n for shape in shapes for n in shape))
     outputs: list[tuple[tuple[int, ...], torch.dtype]] = []

@@ -112,7 +112,9 @@ def product_cases(sm: int) -> Iterator[Case]:
 
 def spectral_norm_cases(sm: int) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16, torch.float64) if sm == 90 else (torch.float32,):
-        weights, u, v = ([torch.zeros(*s, dtype=dtype) for s in ss] for ss in (((256, 784), (64, 32, 4, 4)), ((256,), (32,)), ((784,), (1024,))))
+        weights, u, v = (
+            [torch.zeros(*s, dtype=dtype) for s in ss] for ss in (((256, 784), (64, 32, 4, 4)), ((256,), (32,)), ((784,), (1024,)))
+        )
         dims, offsets = [0, 1], [0, 1041]
         state = torch.zeros(offsets[1] + 32 + 1024 + 1, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         for iterations in (0, 2):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -92,9 +91,7 @@ def spectral_norm(
     return module
 
 
-def spectral_norm_(
-    network: nn.Module, name: str = "weight", n_power_iterations: int = 1, eps: float = 1e-12
-) -> nn.Module:
+def spectral_norm_(network: nn.Module, name: str = "weight", n_power_iterations: int = 1, eps: float = 1e-12) -> nn.Module:
     """Normalise the weights of all layers of a network, all of them in one call at the beginning of each of its forward passes.
 
     Every submodule's parameter `name` of two or more dimensions is taken (linear, convolutions, transposed ones, embeddings ...);
@@ -102,8 +99,8 @@ def spectral_norm_(
 
     In training mode each forward pass of `network` does `n_power_iterations` once, and all uses of a layer within the pass see the
     same weight; PyTorch's iterates at each use. Two passes before a backward pass are right: each keeps the u and v that it used.
-    Outside a pass of `network` (a submodule called by itself, a weight read) a layer behaves as under `spectral_norm`. A layer whose
-    parametrization is removed leaves the group. The passes of one network must not run in two threads at once.
+    Outside a pass of `network` (a submodule called by itself, a weight read) a layer behaves as under `spectral_norm`. A layer
+    whose parametrization is removed leaves the group. The passes of one network must not run in two threads at once.
 
     Args:
         network: changed in place; what wraps it (DistributedDataParallel) calls it and so keeps this.

@@ -39,14 +39,13 @@ def reference(
     """The definition, in plain PyTorch: W / sigma of each weight, and the new u and v."""
     ys, new_u, new_v = [], [], []
     for w, left, right, dim in zip(weights, u, v, dims, strict=True):
-        matrix = as_matrix(w, dim)
-        with torch.no_grad():
-            for _ in range(iterations):
-                left = F.normalize(matrix @ right, dim=0, eps=eps)
-                right = F.normalize(matrix.mT @ left, dim=0, eps=eps)
-            if not iterations:
-                left, right = left.clone(), right.clone()  # the buffers may change before the backward pass
-        ys.append(w / torch.dot(left, matrix @ right))
+        constant = as_matrix(w.detach(), dim)
+        for _ in range(iterations):
+            left = F.normalize(constant @ right, dim=0, eps=eps)
+            right = F.normalize(constant.mT @ left, dim=0, eps=eps)
+        if not iterations:
+            left, right = left.clone(), right.clone()  # the buffers may change before the backward pass
+        ys.append(w / torch.dot(left, as_matrix(w, dim) @ right))
         new_u.append(left)
         new_v.append(right)
     return ys, new_u, new_v
@@ -58,7 +57,12 @@ def as_matrix(weight: Tensor, dim: int) -> Tensor:
 
 
 def spectral_norm(
-    weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor], dims: Sequence[int], iterations: int = 1, eps: float = 1e-12
+    weights: Sequence[Tensor],
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+    dims: Sequence[int],
+    iterations: int = 1,
+    eps: float = 1e-12,
 ) -> list[Tensor]:
     """W / sigma(W) of each weight; u and v are updated in place by the power iterations that sigma needs.
 
@@ -81,8 +85,7 @@ def spectral_norm(
         TypeError: a dtype that is not supported, or dtypes that differ.
         RuntimeError: a backend was forced that cannot run here.
 
-    The automatic choice is the C++ library on the CPU: with weights of 12 layers, forward / forward and backward, times eager's
-    speed: see `_choose`. On CUDA the C++ library if built, else Triton: not measured on a GPU yet.
+    The automatic choice on the CPU is the C++ library, on CUDA the C++ library if built, else Triton (not measured on a GPU yet).
     """
     _check(weights, u, v, dims, iterations, eps)
     return unchecked(weights, u, v, dims, iterations, eps)
@@ -102,7 +105,7 @@ def unchecked(
         contiguous = [w.contiguous() for w in weights]
         *ys, state = apply(_SpectralNorm, tuple(dims), iterations, float(eps), name, *contiguous, *u, *v)
         ys = [y if w.is_contiguous() else torch.empty_like(w).copy_(y) for w, y in zip(weights, ys, strict=True)]
-        new_u, new_v = ([], []) if iterations == 0 else zip(*_parts(state, weights, dims), strict=True)
+        new_u, new_v = map(list, zip(*_parts(state, weights, dims), strict=True)) if iterations > 0 else ([], [])
     if iterations > 0:
         with torch.no_grad():
             torch._foreach_copy_([*u, *v], [*new_u, *new_v])

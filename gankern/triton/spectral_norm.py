@@ -82,7 +82,8 @@ def _at_least(x, low):
 @triton.jit(do_not_specialize=["N"])
 def _rows_kernel(
     table_ptr, blocks_ptr, N,
-    FIRST: tl.constexpr, EVALUATE: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, ROW_BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    FIRST: tl.constexpr, EVALUATE: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
+    ROW_BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """s = W v into u of the state, or in an evaluation into the partials."""
     entry, block = _entry(table_ptr, blocks_ptr, N)
@@ -130,7 +131,9 @@ def _columns_kernel(
 
 
 @triton.jit
-def _finish_kernel(table_ptr, EPS: tl.constexpr, EVALUATE: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
+def _finish_kernel(
+    table_ptr, EPS: tl.constexpr, EVALUATE: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr
+):
     """u, v and sigma of one weight a program, from s and the shares of Wᵀ u; in an evaluation from the given ones and W v."""
     entry = table_ptr + tl.program_id(0) * FIELDS
     rows = tl.load(entry + ROWS)
@@ -155,7 +158,7 @@ def _finish_kernel(table_ptr, EPS: tl.constexpr, EVALUATE: tl.constexpr, DTYPE: 
         for start in range(0, columns, BLOCK):
             j = start + tl.arange(0, BLOCK)
             t = tl.zeros((BLOCK,), COMPUTE)
-            for k in range(0, shares):
+            for k in range(shares):
                 t += tl.load(partials + k * columns + j, mask=j < columns, other=0.0)
             squares += t * t
         raw = tl.sqrt(tl.sum(squares, axis=0))
@@ -163,7 +166,7 @@ def _finish_kernel(table_ptr, EPS: tl.constexpr, EVALUATE: tl.constexpr, DTYPE: 
         for start in range(0, columns, BLOCK):
             j = start + tl.arange(0, BLOCK)
             t = tl.zeros((BLOCK,), COMPUTE)
-            for k in range(0, shares):
+            for k in range(shares):
                 t += tl.load(partials + k * columns + j, mask=j < columns, other=0.0)
             tl.store(state + rows + j, t / size, mask=j < columns)
         for start in range(0, rows, BLOCK):
@@ -238,7 +241,9 @@ def _accumulate(t: Tensor) -> torch.dtype:
 class _Launcher:
     """The table of a call's weights, and of each kernel's blocks, in one int64 tensor."""
 
-    def __init__(self, like: Tensor, entries: list[list[int]], counts: Sequence[Callable[[Shape], int]], shapes: list[Shape]) -> None:
+    def __init__(
+        self, like: Tensor, entries: list[list[int]], counts: Sequence[Callable[[Shape], int]], shapes: list[Shape]
+    ) -> None:
         self.n, self.like = len(entries), like
         values, self.grids, self.starts = [x for entry in entries for x in entry], [], []
         for count in counts:
