@@ -8,10 +8,6 @@
 #include <tuple>
 #include <vector>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 #include "cpu.h"
 #include "math.h"
 
@@ -26,7 +22,6 @@ constexpr const char* kGrad = "spectral_norm_grad";
 constexpr int64_t kBlock = 32768;  // elements of a block, about
 constexpr int64_t kBlockRows = 16;  // rows of a block at least: its sums are as long as a row
 constexpr int64_t kCache = 1 << 20;  // bytes of a matrix that one thread's cache holds: it does all work on it, the second pass from the cache
-constexpr int64_t kStream = 1 << 24;  // bytes of all weights from which W / sigma goes past the caches (12 x 1024 x 1024: 8.1 instead of 10.3 ms)
 constexpr int64_t kGather = 16;     // rows that are gathered at a time where they do not lie in memory one after another
 
 // --- vectors of 64 bytes -------------------------------------------------------------------------------------------------------
@@ -116,27 +111,9 @@ GK_HD void gather_rows(const T* w, acc_t<T>* out, int64_t rows, int64_t outer, i
       for (int64_t b = 0; b < inner; ++b) out[(h * outer + a) * inner + b] = static_cast<A>(w[(a * all_rows + h) * inner + b]);
 }
 
-// y = w * factor; streamed past the caches if `stream` (16-byte stores are in every x86-64; y must be aligned to them)
 template <typename T>
-GK_HD void scale_all(const T* w, T* y, int64_t n, acc_t<T> factor, [[maybe_unused]] bool stream) {
-  int64_t i = 0;
-#if defined(__SSE2__)
-  if constexpr (std::is_same_v<T, acc_t<T>>) {
-    constexpr int64_t L = Vector<T>::lanes;
-    if (stream && reinterpret_cast<uintptr_t>(y) % 16 == 0) {
-      for (; i + L <= n; i += L) {
-        typename Vector<T>::type x;
-        load<T>(x, w + i);
-        x *= factor;
-        __m128i words[4];
-        std::memcpy(words, &x, sizeof(x));
-        for (int k = 0; k < 4; ++k) _mm_stream_si128(reinterpret_cast<__m128i*>(y + i) + k, words[k]);
-      }
-      _mm_sfence();
-    }
-  }
-#endif
-  for (; i < n; ++i) y[i] = static_cast<T>(static_cast<acc_t<T>>(w[i]) * factor);
+GK_HD void scale_all(const T* w, T* y, int64_t n, acc_t<T> factor) {
+  for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(static_cast<acc_t<T>>(w[i]) * factor);
 }
 
 template <typename T>
@@ -172,7 +149,7 @@ GK_HD void grad_run(const T* g, const acc_t<T>* v, T* out, int64_t n, acc_t<T> u
   GK_CLONES void gather(const T* w, acc_t<T>* out, int64_t rows, int64_t outer, int64_t all_rows, int64_t inner) {                               \
     gather_rows<T>(w, out, rows, outer, all_rows, inner);                                                                                        \
   }                                                                                                                                              \
-  GK_CLONES void scale(const T* w, T* y, int64_t n, acc_t<T> factor, bool stream) { scale_all<T>(w, y, n, factor, stream); }                       \
+  GK_CLONES void scale(const T* w, T* y, int64_t n, acc_t<T> factor) { scale_all<T>(w, y, n, factor); }                                           \
   GK_CLONES acc_t<T> dot(const T* g, const T* w, int64_t n) { return dot_all<T>(g, w, n); }                                                       \
   GK_CLONES void grad(const T* g, const acc_t<T>* v, T* out, int64_t n, acc_t<T> u, acc_t<T> factor) { grad_run<T>(g, v, out, n, u, factor); }
 GK_SWEEP(double)
@@ -317,7 +294,6 @@ std::tuple<std::vector<Tensor>, Tensor> spectral_norm(std::vector<Tensor> weight
     std::vector<Layer<T>> layers(n);
     Blocks small, blocks, large, chunks;
     bool large_layers = false;
-    int64_t bytes = 0;
     for (size_t i = 0; i < n; ++i) {
       Layer<T>& l = layers[i];
       static_cast<Shape&>(l) = shapes[i];
@@ -338,7 +314,6 @@ std::tuple<std::vector<Tensor>, Tensor> spectral_norm(std::vector<Tensor> weight
       widen(data<T>(vs[i]), l.v, l.columns());
       (iterations > 0 ? l.partials : l.product) = sum;
       sum += iterations > 0 ? l.blocks * l.columns() : l.rows;
-      bytes += l.numel() * static_cast<int64_t>(sizeof(T));
       if (l.numel() * static_cast<int64_t>(sizeof(T)) <= kCache) {
         small.add(index, 1, l.numel());
         continue;
@@ -348,7 +323,6 @@ std::tuple<std::vector<Tensor>, Tensor> spectral_norm(std::vector<Tensor> weight
       large.add(index, 1, l.numel());
       chunks.add(index, (l.numel() + kBlock - 1) / kBlock, l.numel());
     }
-    const bool stream = bytes > kStream;
     small.run([&](int64_t i, int64_t) {
       Layer<T>& l = layers[static_cast<size_t>(i)];
       for (int64_t k = 0; k < std::max<int64_t>(1, iterations); ++k) {
@@ -357,7 +331,7 @@ std::tuple<std::vector<Tensor>, Tensor> spectral_norm(std::vector<Tensor> weight
           l.finish(eps, iterations == 0);
         } while (l.again);
       }
-      scale(l.w, l.y, l.numel(), A(1) / *l.sigma, stream);
+      scale(l.w, l.y, l.numel(), A(1) / *l.sigma);
     });
     for (int64_t k = 0; large_layers && k < std::max<int64_t>(1, iterations); ++k) {
       const auto finish = [&](int64_t i, int64_t) { layers[static_cast<size_t>(i)].finish(eps, iterations == 0); };
@@ -373,7 +347,7 @@ std::tuple<std::vector<Tensor>, Tensor> spectral_norm(std::vector<Tensor> weight
     chunks.run([&](int64_t i, int64_t chunk) {
       const Layer<T>& l = layers[static_cast<size_t>(i)];
       const int64_t begin = chunk * kBlock;
-      scale(l.w + begin, l.y + begin, std::min(kBlock, l.numel() - begin), A(1) / *l.sigma, stream);
+      scale(l.w + begin, l.y + begin, std::min(kBlock, l.numel() - begin), A(1) / *l.sigma);
     });
   });
   return {std::move(ys), state};

@@ -113,6 +113,12 @@ def unchecked(
 
 
 def _choose(device: str) -> str:
+    """The automatic choice.
+
+    Twelve weights in one call on one CPU thread against PyTorch's norm on each (CPU time, alternating medians, busy machine;
+    forward in training / with backward): 12 x 64² 2.2, 2.0; 12 x 256² 2.1, 2.0; 12 x 1024² 1.4, 2.3; convolutions of 64 to 512
+    channels 1.4, 3.3; ten of 128 channels 1.8, 2.2; transposed ones 1.7, 2.1. One weight a call: 1.1 to 1.3, 1.1 to 2.7.
+    """
     if torch.compiler.is_compiling():
         return "reference"
     names = ("compiled",) if device == "cpu" else ("compiled", "triton")
