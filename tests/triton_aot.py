@@ -32,6 +32,7 @@ from gankern.triton import gradient_norm_penalty as penalties
 from gankern.triton import interpolate as mixtures
 from gankern.triton import linear_lrelu as linear
 from gankern.triton import pairwise as pairs
+from gankern.triton import spectral_norm as spectral
 
 Case = tuple[str, Callable[[], object]]
 
@@ -145,6 +146,18 @@ def pairwise_cases(sm: int) -> Iterator[Case]:
             yield name, partial(pairs.pairwise_gram_, gram, sq.new_zeros(128), sq, gammas, len(gammas) == 1)
 
 
+def spectral_norm_cases(sm: int) -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64) if sm == 90 else (torch.float32,):
+        weights, u, v = (
+            [torch.zeros(*s, dtype=dtype) for s in ss] for ss in (((256, 784), (64, 32, 4, 4)), ((256,), (32,)), ((784,), (1024,)))
+        )
+        dims, offsets = [0, 1], [0, 1041]
+        state = torch.zeros(offsets[1] + 32 + 1024 + 1, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        for iterations in (0, 2):
+            yield f"{dtype} {iterations}", partial(spectral.spectral_norm, weights, u, v, dims, iterations, 1e-12)
+        yield f"{dtype}", partial(spectral.spectral_norm_grad, weights, weights, state, offsets, dims)
+
+
 def usage(cubin: bytes) -> dict[str, int]:
     """Registers, stack and local memory, from the compiled code itself. A spilled register lives on the stack."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -169,7 +182,7 @@ def main(architectures: list[int]) -> None:
     print(json.dumps(sorted(names.values())))
     for sm in architectures:
         triton.runtime.driver.set_active(Architecture(sm))
-        cases = (gan_loss_cases, act_cases, product_cases, penalty_cases, pairwise_cases)
+        cases = (gan_loss_cases, act_cases, product_cases, penalty_cases, pairwise_cases, spectral_norm_cases)
         for case, launch in itertools.chain.from_iterable(make(sm) for make in cases):
             launch()
             for name, kernel in compiled:

@@ -2,5 +2,6 @@
 
 from gankern.nn.linear import LinearLeakyReLU
 from gankern.nn.minibatch import MinibatchDiscrimination, MinibatchDistance
+from gankern.nn.spectral_norm import spectral_norm, spectral_norm_
 
-__all__ = ["LinearLeakyReLU", "MinibatchDiscrimination", "MinibatchDistance"]
+__all__ = ["LinearLeakyReLU", "MinibatchDiscrimination", "MinibatchDistance", "spectral_norm", "spectral_norm_"]
