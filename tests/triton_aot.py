@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 import gankern.triton
 from gankern.triton import gan_loss as losses
 from gankern.triton import linear_lrelu as linear
+from gankern.triton import mlp_critic as critics
 
 Case = tuple[str, Callable[[], object]]
 
@@ -89,6 +90,18 @@ def act_cases(sm: int) -> Iterator[Case]:
             yield name, partial(linear.linear_lrelu_act_grad, z, z, bits, 0.2, 0.0, False)
 
 
+def mlp_critic_cases(sm: int) -> Iterator[Case]:
+    sizes = [(192, 256), (2048, 784), (64, 300)]  # one launch, chunks of rows, a width that is not aligned
+    for dtype, (rows, columns) in itertools.product((torch.float32, torch.bfloat16), sizes if sm == 90 else sizes[:1]):
+        y, t = torch.zeros(rows, columns, dtype=dtype), torch.zeros(rows // 2, columns, dtype=dtype)
+        bits, factor = torch.zeros(rows, -(-columns // 8), dtype=torch.uint8), torch.zeros(rows // 2)
+        for p, f in ((0.3, factor), (0.0, None)) if sm == 90 else ((0.3, factor),):
+            name = f"{dtype} {rows}x{columns}{' dropout' * (p > 0)}"
+            yield name, partial(critics.mlp_critic_adjoint, y, y, bits, 0.2, p, rows // 2, f)
+            yield name, partial(critics.mlp_critic_tangent, t, y, bits, 0.2, p, rows // 2, f)
+            yield name, partial(critics.mlp_critic_seed, t, y, rows // 2, f, 10.0, 1.0, p > 0)
+
+
 def product_cases(sm: int) -> Iterator[Case]:
     """Each row of the table of block sizes on sm_90, the first of each kind (the largest) on the others."""
     choose = linear.blocks
@@ -133,7 +146,7 @@ def main(architectures: list[int]) -> None:
     print(json.dumps(sorted(names.values())))
     for sm in architectures:
         triton.runtime.driver.set_active(Architecture(sm))
-        for case, launch in itertools.chain(gan_loss_cases(sm), act_cases(sm), product_cases(sm)):
+        for case, launch in itertools.chain(gan_loss_cases(sm), act_cases(sm), mlp_critic_cases(sm), product_cases(sm)):
             launch()
             for name, kernel in compiled:
                 row = {"kernel": name, "case": case, "sm": sm, **usage(kernel.asm["cubin"]), "shared": kernel.metadata.shared}
