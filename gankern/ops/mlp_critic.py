@@ -368,7 +368,7 @@ _Results = tuple[Tensor, Tensor, Tensor, Tensor, list[Any]]
 def _judge(job: _Job, logits: Tensor, rows: _Rows, labels: tuple[Label, Label]) -> tuple[Tensor, Tensor, Tensor]:
     """The adversarial loss, its statistics and its slope at each logit, in the accumulation dtype."""
     with torch.enable_grad():
-        a = logits.detach().flatten().requires_grad_()
+        a = logits.detach().flatten().to(_accumulate(logits.dtype)).requires_grad_()
         out = gan_loss(a[: rows.real], a[rows.real :], job.objective, real_label=labels[0], fake_label=labels[1])
         (slope,) = torch.autograd.grad(out.loss, a)
     return out.value, out.stats, slope
@@ -602,7 +602,8 @@ class _Critic(Function):
         if any(ctx.needs_input_grad[2 : 2 + ctx.inputs]):
             raise RuntimeError(f"{OP}: the inputs must not require a gradient: only the parameters get one, got a tensor that does")
         saved, count = ctx.saved_tensors, sum(ctx.job.wanted)
-        given = iter(() if g is None else _Scaled.apply(g, count, *saved))
+        scaled = _Scaled.forward if torch.compiler.is_compiling() else _Scaled.apply  # what is compiled has no second order anyway
+        given = iter(() if g is None else scaled(g, count, *saved))
         found = [next(given, None) if w else None for w in ctx.job.wanted]
         return (None, None, *(None,) * ctx.inputs, *found)
 
@@ -671,7 +672,12 @@ def _step(
     *fields, autocast = settings
     job = _Job(*(tuple(f) if isinstance(f, list) else f for f in fields))
     dtype = None if autocast is None else getattr(torch, autocast)
-    with torch.no_grad():
+    # An operator runs below autograd, but gan_loss and the definition differentiate in the pass.
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    guard = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+    with guard, torch.no_grad():
         return list(_compute(job, dtype, (real, fake, x_hat, eps, real_labels, fake_labels), seeds, weights, biases))
 
 
