@@ -115,7 +115,17 @@ def test_nan_and_infinity() -> None:
     special = torch.tensor([[math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 3e38]])
     y = special.flip(1).contiguous()
     (got_t, got_y), _ = run(
-        "mlp_critic", "tangent", torch.float32, 1, 8, 0.0, 0.0, 0, 1, inputs=(special, y, torch.ones(1)), outputs=[((1, 8), torch.float32)] * 2
+        "mlp_critic",
+        "tangent",
+        torch.float32,
+        1,
+        8,
+        0.0,
+        0.0,
+        0,
+        1,
+        inputs=(special, y, torch.ones(1)),
+        outputs=[((1, 8), torch.float32)] * 2,
     )
     want_t, want_y = special.double(), y.double()
     op._plain_tangent(want_t, want_y, torch.zeros(0), 0.0, 0.0, 0, torch.ones(1, dtype=torch.float64))

@@ -39,7 +39,9 @@ def mlp_layers(critic: nn.Module) -> MLPLayers:
     """
     layers, problem = _read(critic)
     if problem:
-        checks.fail(ValueError, "mlp_critic", "critic", "be an nn.Sequential of linear, LeakyReLU, ReLU and dropout layers", problem)
+        checks.fail(
+            ValueError, "mlp_critic", "critic", "be an nn.Sequential of linear, LeakyReLU, ReLU and dropout layers", problem
+        )
     return layers
 
 
@@ -52,6 +54,8 @@ def _read(critic: nn.Module) -> tuple[MLPLayers, str]:
     if _has_hooks(critic):
         return layers, "one with hooks"
     dropped = False
+    name: str
+    module: Any
     for name, module in critic.named_children():
         kind, what = _kind(module), f"{type(module).__name__} ({name})"
         if kind is nn.Identity:

@@ -60,7 +60,9 @@ class MLPCriticLoss:
 
     __slots__ = ("_loss", "_parameters", "_versions", "adversarial", "grads", "norms", "penalty", "stats")
 
-    def __init__(self, outputs: Sequence[Tensor], parameters: Sequence[Tensor | None], wanted: Sequence[bool], pending: bool) -> None:
+    def __init__(
+        self, outputs: Sequence[Tensor], parameters: Sequence[Tensor | None], wanted: Sequence[bool], pending: bool
+    ) -> None:
         self._loss, self.adversarial, self.penalty, self.norms, self.stats, *grads = outputs
         found = iter(grads)
         self.grads: tuple[Tensor | None, ...] = tuple(next(found) if w else None for w in wanted)
@@ -159,7 +161,7 @@ class _Rows(NamedTuple):
     real: int
     judged: int
     first: int
-    count: int
+    penalised: int
 
 
 def mlp_critic(
@@ -202,22 +204,22 @@ def mlp_critic(
         training: dropout does nothing when False.
         objective: a name of `gan_loss`; the critic's side of it, with real_label and fake_label.
         penalty_weight: >= 0; 0 is no penalty.
-        target, sided: "one" penalises norms above the target only. The norm is the 2-norm over all of a sample, its derivative 0 at 0.
+        target: of the norm, >= 0. The norm is the 2-norm over all of a sample; its derivative at 0 is 0.
+        sided: "two", or "one": norms below the target pay nothing.
         sample: what is penalised: points eps * real + (1 - eps) * fake on the "line", or the "real" or the "fake" samples.
         x_hat: [P, *], penalised instead.
         eps: [B] or [B, 1], for the line; drawn uniformly, one a sample, when None.
         generator: source of eps and then of the dropout masks; None is PyTorch's default generator.
 
     Returns:
-        MLPCriticLoss: `.backward()`, `loss`, and detached `adversarial`, `penalty` (with its weight), `norms` [P], `d_real`, `d_fake`,
-        `accuracy`, `grads` (of the weights, then of the biases; None for those that do not require one).
+        MLPCriticLoss: `.backward()`, `loss`, and detached `adversarial`, `penalty` (with its weight), `norms` [P], `d_real`,
+        `d_fake`, `accuracy`, `grads` (of the weights, then of the biases; None for those that do not require one).
 
     Raises:
         ValueError: a shape, device, name or range that does not fit; an input that requires a gradient.
         TypeError: a dtype that is not supported or differs.
         RuntimeError: a backend was forced that cannot run here; a derivative that is not a parameter gradient was asked for.
     """
-    count = len(weights)
     autocast = _check_layers(OP, "real", real, weights, biases, slopes, dropout)
     _check_penalty(OP, penalty_weight, target, sided)
     _check_rows("fake", fake, real)
@@ -241,7 +243,7 @@ def mlp_critic(
         one_sided=sided == "one", sample=sample,
     )  # fmt: skip
     inputs = (real, fake, x_hat if penalty_weight else None, eps if sample == "line" and penalty_weight else None, *labels)
-    return _call(job, inputs, seeds, list(weights), list(biases), autocast, count)
+    return _call(job, inputs, seeds, list(weights), list(biases), autocast)
 
 
 def mlp_critic_penalty(
@@ -259,14 +261,14 @@ def mlp_critic_penalty(
 ) -> MLPCriticLoss:
     """The penalty of `mlp_critic` alone, weight * mean_i (|dC(x_i)/dx_i| - target)², in 4 (L - 1) products (eager, L = 4: 21).
 
-    Arguments, results and errors as there; `loss` is the penalty, `adversarial` 0. The biases have no gradient: it is zero everywhere.
+    Arguments, results and errors as there; `loss` is the penalty, `adversarial` 0. The biases have no gradient: it is 0 everywhere.
     """
     op = "mlp_critic_penalty"
     autocast = _check_layers(op, "x_hat", x_hat, weights, biases, slopes, dropout)
     _check_penalty(op, weight, target, sided)
     job, seeds = _job(op, x_hat, weights, [None] * len(weights), slopes, dropout if training else 0.0, generator)
     job = job._replace(weight=float(weight), target=float(target), one_sided=sided == "one", sample="given")
-    return _call(job, (None, None, x_hat, None, None, None), seeds, list(weights), list(biases), autocast, len(weights))
+    return _call(job, (None, None, x_hat, None, None, None), seeds, list(weights), list(biases), autocast)
 
 
 def _job(
@@ -284,8 +286,10 @@ def _job(
 
 
 def _choose(device: str) -> str:
-    """The automatic choice: the one pass wherever the op runs, its elementwise parts in kernels or, "torch", in plain PyTorch calls.
-    Two cores, 784-1024-512-256-1, WGAN-GP: see bench/bench_mlp_critic.py. CUDA: not yet measured."""
+    """The automatic choice: the one pass wherever the op runs, its stages in kernels or, "torch", in plain PyTorch calls.
+
+    Measured by bench/bench_mlp_critic.py. On CUDA not yet measured.
+    """
     return next((name for name in ("compiled", "triton") if not backend.problem(name, device)), "torch")
 
 
@@ -299,7 +303,7 @@ def _transforming() -> bool:
 
 def _call(
     job: _Job, inputs: tuple[Tensor | None, ...], seeds: list[Tensor | None], weights: list[Tensor], biases: list[Tensor | None],
-    autocast: torch.dtype | None, count: int,
+    autocast: torch.dtype | None,
 ) -> MLPCriticLoss:  # fmt: skip
     for argument, value in zip(("real", "fake", "x_hat", "eps", "real_label", "fake_label"), inputs, strict=True):
         if value is not None and value.requires_grad and torch.is_grad_enabled():
@@ -391,8 +395,8 @@ def _one_pass(
         y, kept = _layer(job, i, run, h[i], weights[i], biases[i], seeds[i])
         h.append(y)
         bits.append(kept)
-    first, count = rows.first, rows.count
-    inside = 0 < count and first < rows.judged
+    first, count = rows.first, rows.penalised
+    inside = count > 0 and first < rows.judged
     factor = row_factor = None
     if job.objective:
         logits = _linear(h[-1][: rows.judged], last, biases[-1])
@@ -485,22 +489,18 @@ def _plain_act(z: Tensor, bias: Tensor | None, slope: float, p: float, seed: Ten
     if p == 0.0:
         return y, _no_bits(z)
     assert seed is not None
-    keep = dropout_keep(seed, *y.shape, p)
+    keep = dropout_keep(seed, y.shape[0], y.shape[1], p)
     return y.mul_(keep.to(y.dtype) * layer.dropout_scale(p)), keep
 
 
-def _plain_adjoint(
-    d: Tensor, y: Tensor, bits: Tensor, slope: float, p: float, bias_rows: int, factor: Tensor | None
-) -> Tensor:
+def _plain_adjoint(d: Tensor, y: Tensor, bits: Tensor, slope: float, p: float, bias_rows: int, factor: Tensor | None) -> Tensor:
     exact = d * _mask(y, bits, slope, p)
     d.copy_(exact)
     head = exact[:bias_rows]
     return (head if factor is None else head * factor[:, None]).sum(0).to(d.dtype)
 
 
-def _plain_tangent(
-    t: Tensor, y: Tensor, bits: Tensor, slope: float, p: float, first: int, factor: Tensor | None
-) -> None:
+def _plain_tangent(t: Tensor, y: Tensor, bits: Tensor, slope: float, p: float, first: int, factor: Tensor | None) -> None:
     rows = slice(first, first + len(t))
     v = t * _mask(y[rows], bits[rows] if p > 0.0 else bits, slope, p)
     if factor is not None:
@@ -554,12 +554,12 @@ def _by_autograd(
             out = gan_loss(a, b, job.objective, real_label=labels[0], fake_label=labels[1])
             loss, stats = out.loss, out.stats
         if not job.objective or job.weight:
-            penalised = slice(rows.first, rows.first + rows.count)
+            penalised = slice(rows.first, rows.first + rows.penalised)
             (g,) = torch.autograd.grad(logits[penalised].sum(), leaf, create_graph=True)
             norms = torch.linalg.vector_norm(g[penalised].to(loss.dtype), dim=1)
             gap = (norms - job.target).clamp_min(0.0) if job.one_sided else norms - job.target
             penalty = job.weight * gap.square().mean()
-        parameters = [t for t, w in zip((*weights, *biases), job.wanted, strict=True) if w]
+        parameters = [t for t, w in zip((*weights, *biases), job.wanted, strict=True) if w and t is not None]
         found: Any = ()
         if parameters:
             found = torch.autograd.grad(loss + penalty, parameters, allow_unused=True, materialize_grads=True)
@@ -670,7 +670,7 @@ def _step(
     fake_labels: Tensor | None, seeds: list[Tensor | None], weights: list[Tensor], biases: list[Tensor | None], *settings: Any,
 ) -> list[Tensor]:  # fmt: skip
     *fields, autocast = settings
-    job = _Job(*(tuple(f) if isinstance(f, list) else f for f in fields))
+    job = _Job._make(tuple(f) if isinstance(f, list) else f for f in fields)
     dtype = None if autocast is None else getattr(torch, autocast)
     # An operator runs below autograd, but gan_loss and the definition differentiate in the pass.
     excluded = torch._C._dispatch_tls_local_exclude_set()
@@ -686,10 +686,10 @@ def _step_fake(
     fake_labels: Tensor | None, seeds: list[Tensor | None], weights: list[Tensor], biases: list[Tensor | None], *settings: Any,
 ) -> list[Tensor]:  # fmt: skip
     *fields, autocast = settings
-    job = _Job(*fields)
+    job = _Job._make(fields)
     dtype = _accumulate(weights[0].dtype if autocast is None else getattr(torch, autocast))
     rows, like = _rows(job, real, fake, x_hat), weights[0]
-    sizes: list[tuple[int, ...]] = [(), (), (), (rows.count,), (3,)]
+    sizes: list[tuple[int, ...]] = [(), (), (), (rows.penalised,), (3,)]
     outputs = [like.new_empty(size, dtype=dtype) for size in sizes]
     return outputs + [torch.empty_like(t) for t, w in zip((*weights, *biases), job.wanted, strict=True) if w and t is not None]
 
@@ -701,9 +701,7 @@ torch.library.register_fake("gankern::mlp_critic_step", _step_fake)
 # --- checks ----------------------------------------------------------------------------------------------------------------------
 
 
-def _check_layers(
-    op: str, argument: str, x: Any, weights: Any, biases: Any, slopes: Any, dropout: Any
-) -> torch.dtype | None:
+def _check_layers(op: str, argument: str, x: Any, weights: Any, biases: Any, slopes: Any, dropout: Any) -> torch.dtype | None:
     """Refuse bad layers and samples; returns the dtype that autocast asks for, or None."""
     checks.tensor(op, argument, x)
     checks.floating(op, argument, x)
@@ -735,7 +733,9 @@ def _check_layers(
         if b is not None:
             checks.shape(op, f"biases[{i}]", b, (inputs,))
     if inputs != 1:
-        checks.fail(ValueError, op, f"weights[{len(weights) - 1}]", "have one row: the critic's score", f"shape {list(weights[-1].shape)}")
+        checks.fail(
+            ValueError, op, f"weights[{len(weights) - 1}]", "have one row: the critic's score", f"shape {list(weights[-1].shape)}"
+        )
     for name, value, high in (("slopes", slopes, math.inf), ("dropout", dropout, 1.0)):
         values = [value] if isinstance(value, (int, float)) else value
         if not isinstance(values, (list, tuple)):

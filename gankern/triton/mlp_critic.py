@@ -73,7 +73,7 @@ def _tangent_kernel(
     ROWS: tl.constexpr,
     BYTES: tl.constexpr,
 ):
-    """y[first + i] = m * t[i]; with a factor t = m * t, y = factor * y + t. Program (i, j) takes ROWS rows and BYTES * 8 columns."""
+    """y[first + i] = m * t[i]; with a factor t = m * t, y = factor * y + t. Program (i, j) takes ROWS rows, BYTES * 8 columns."""
     COMPUTE: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None, None]
     column = tl.program_id(1) * BYTES * 8 + tl.arange(0, BYTES)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
@@ -112,7 +112,7 @@ def _seed_kernel(
         column = step * COLUMNS + lane
         g = tl.load(g_ptr + row[:, None] * N + column, mask=(row[:, None] < M) & (column < N), other=0.0).to(COMPUTE)
         squares += g * g
-    norm = tl.sqrt_rn(tl.sum(squares, axis=1)) if COMPUTE == tl.float32 else tl.sqrt(tl.sum(squares, axis=1))
+    norm = tl.sqrt_rn(tl.sum(squares, axis=1)) if tl.float32 == COMPUTE else tl.sqrt(tl.sum(squares, axis=1))
     tl.store(norms_ptr + row, norm, mask=row < M)
     gap = norm - tl.full((1,), target, COMPUTE)
     if ONE_SIDED:
@@ -131,9 +131,7 @@ def _seed_kernel(
 
 
 @triton.jit
-def _penalty_kernel(
-    norms_ptr, penalty_ptr, M, weight: tl.float64, target: tl.float64, ONE_SIDED: tl.constexpr, SIZE: tl.constexpr
-):
+def _penalty_kernel(norms_ptr, penalty_ptr, M, weight: tl.float64, target: tl.float64, ONE_SIDED: tl.constexpr, SIZE: tl.constexpr):
     """penalty = weight * mean (norm - target)², by one program; NaN over no norms."""
     COMPUTE: tl.constexpr = norms_ptr.dtype.element_ty
     total = tl.zeros((SIZE,), COMPUTE)
@@ -147,9 +145,7 @@ def _penalty_kernel(
     tl.store(penalty_ptr + tl.arange(0, 1), tl.full((1,), weight, COMPUTE) * mean)
 
 
-def mlp_critic_adjoint(
-    d: Tensor, y: Tensor, bits: Tensor, slope: float, p: float, bias_rows: int, factor: Tensor | None
-) -> Tensor:
+def mlp_critic_adjoint(d: Tensor, y: Tensor, bits: Tensor, slope: float, p: float, bias_rows: int, factor: Tensor | None) -> Tensor:
     """d [R, N] in place; dbias [N]."""
     rows, columns = d.shape
     if d.numel() == 0:
@@ -179,9 +175,7 @@ def mlp_critic_adjoint(
     return sums[0] if programs == 1 else sums.sum(0).to(d.dtype)
 
 
-def mlp_critic_tangent(
-    t: Tensor, y: Tensor, bits: Tensor, slope: float, p: float, first: int, factor: Tensor | None
-) -> None:
+def mlp_critic_tangent(t: Tensor, y: Tensor, bits: Tensor, slope: float, p: float, first: int, factor: Tensor | None) -> None:
     """y [R, N], rows first ... first + P - 1, and with a factor t [P, N], in place."""
     rows, columns = t.shape
     if t.numel() == 0:
