@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads)
     seed_kernel(T* __restrict__ g, T* __restrict__ x, const sum_t<T>* __restrict__ factor, sum_t<T>* __restrict__ norms, std::int64_t columns,
                 sum_t<T> two_weight, sum_t<T> target, bool one_sided) {
   using A = sum_t<T>;
-  GK_SHARED(A, slope, [1]);
+  GK_SHARED(A, total, [1]);
   const std::int64_t row = blockIdx.x, groups = (columns + 7) / 8;
   A squares[1] = {};
   for (std::int64_t i = threadIdx.x; i < groups; i += kThreads) {
@@ -116,13 +116,10 @@ __global__ void __launch_bounds__(kThreads)
     for (int k = 0; k < 8; ++k) squares[0] += v[k] * v[k];
   }
   block_sum<1>(squares);
-  if (threadIdx.x == 0) {
-    const A norm = sqrt(squares[0]);
-    norms[row] = norm;
-    slope[0] = penalty_slope(norm, two_weight, target, one_sided);
-  }
+  if (threadIdx.x == 0) total[0] = squares[0];
   __syncthreads();
-  const A c = slope[0];
+  const A norm = sqrt(total[0]), c = penalty_slope(norm, two_weight, target, one_sided), f = factor != nullptr ? factor[row] : A(0);
+  if (threadIdx.x == 0) norms[row] = norm;
   for (std::int64_t i = threadIdx.x; i < groups; i += kThreads) {
     const std::int64_t at = row * columns + i * 8;
     const int count = elements_left(columns, i * 8);
@@ -131,9 +128,9 @@ __global__ void __launch_bounds__(kThreads)
     for (int k = 0; k < 8; ++k) v[k] *= c;
     if (factor != nullptr) {
       A xv[8];
-      store8<kVector>(g + at, count, v);
       load8<kVector>(x + at, count, xv);
-      for (int k = 0; k < 8; ++k) v[k] += factor[row] * xv[k];
+      store8<kVector>(g + at, count, v);
+      for (int k = 0; k < 8; ++k) v[k] += f * xv[k];
     }
     store8<kVector>(x + at, count, v);
   }
