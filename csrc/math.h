@@ -26,6 +26,20 @@ GK_HD T lrelu_slope(T y, T slope) {
   return y > T(0) ? T(1) : slope;
 }
 
+// --- the input-gradient penalty of mlp_critic: weight * mean (norm - target)^2 ---------------------------------------------------------
+// norm - target; a one-sided penalty pays nothing below the target. NaN stays.
+template <typename T>
+GK_HD T penalty_gap(T norm, T target, bool one_sided) {
+  const T gap = norm - target;
+  return one_sided && gap < T(0) ? T(0) : gap;
+}
+
+// What the gradient is multiplied by to become the slope of the penalty in it; two_weight is 2 weight / samples. 0 at a norm of 0.
+template <typename T>
+GK_HD T penalty_slope(T norm, T two_weight, T target, bool one_sided) {
+  return norm > T(0) ? two_weight * penalty_gap(norm, target, one_sided) / norm : T(0);
+}
+
 // --- exp and log1p on the ranges that softplus needs --------------------------------------------------------------------------
 // exp(x), x <= 0. On the CPU in float: Cody-Waite reduction and a polynomial, so that the compiler vectorises the loop around it.
 template <typename T>

@@ -31,6 +31,7 @@ from gankern.triton import gan_loss as losses
 from gankern.triton import gradient_norm_penalty as penalties
 from gankern.triton import interpolate as mixtures
 from gankern.triton import linear_lrelu as linear
+from gankern.triton import mlp_critic as critics
 from gankern.triton import pairwise as pairs
 from gankern.triton import spectral_norm as spectral
 
@@ -98,6 +99,18 @@ def act_cases(sm: int) -> Iterator[Case]:
         if sm == 90:
             yield name, partial(linear.linear_lrelu_act, z, None, 0.2, 0.0, None)
             yield name, partial(linear.linear_lrelu_act_grad, z, z, bits, 0.2, 0.0, False)
+
+
+def mlp_critic_cases(sm: int) -> Iterator[Case]:
+    sizes = [(192, 256), (2048, 784), (64, 300)]  # one launch, chunks of rows, a width that is not aligned
+    for dtype, (rows, columns) in itertools.product((torch.float32, torch.bfloat16), sizes if sm == 90 else sizes[:1]):
+        y, t = torch.zeros(rows, columns, dtype=dtype), torch.zeros(rows // 2, columns, dtype=dtype)
+        bits, factor = torch.zeros(rows, -(-columns // 8), dtype=torch.uint8), torch.zeros(rows // 2)
+        for p, f in ((0.3, factor), (0.0, None)) if sm == 90 else ((0.3, factor),):
+            name = f"{dtype} {rows}x{columns}{' dropout' * (p > 0)}"
+            yield name, partial(critics.mlp_critic_adjoint, y, y, bits, 0.2, p, rows // 2, f)
+            yield name, partial(critics.mlp_critic_tangent, t, y, bits, 0.2, p, rows // 2, f)
+            yield name, partial(critics.mlp_critic_seed, t, y, rows // 2, f, 10.0, 1.0, p > 0)
 
 
 def product_cases(sm: int) -> Iterator[Case]:
@@ -182,7 +195,7 @@ def main(architectures: list[int]) -> None:
     print(json.dumps(sorted(names.values())))
     for sm in architectures:
         triton.runtime.driver.set_active(Architecture(sm))
-        cases = (gan_loss_cases, act_cases, product_cases, penalty_cases, pairwise_cases, spectral_norm_cases)
+        cases = (gan_loss_cases, act_cases, product_cases, penalty_cases, pairwise_cases, spectral_norm_cases, mlp_critic_cases)
         for case, launch in itertools.chain.from_iterable(make(sm) for make in cases):
             launch()
             for name, kernel in compiled:
