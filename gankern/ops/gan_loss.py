@@ -87,6 +87,11 @@ class GanLoss:
             self.loss.backward()
             return
         pending.check_unchanged()
+        if pending.done:
+            raise RuntimeError(
+                f"{OP}: backward must be called once (a second time: loss.backward(retain_graph=True)), got two calls"
+            )
+        pending.done = True
         a, b = pending.a, pending.b
         da, db = (g if g.dtype == a.dtype else g.to(a.dtype) for g in pending.grads)
         if b is None or not b.requires_grad:
@@ -99,16 +104,16 @@ class GanLoss:
 class _Pending:
     """Logits whose loss, statistics and gradient are known, before the loss gets its node in the graph."""
 
-    __slots__ = ("a", "b", "grads", "n_real", "name", "spec", "targets", "versions")
+    __slots__ = ("a", "b", "done", "grads", "n_real", "name", "spec", "targets", "versions")
 
     def __init__(
         self, a: Tensor, b: Tensor | None, n_real: int, targets: _Targets, spec: Spec, name: str, grads: tuple[Tensor, Tensor]
     ) -> None:
         self.a, self.b, self.n_real, self.targets, self.spec, self.name, self.grads = a, b, n_real, targets, spec, name, grads
-        self.versions = self._versions()
+        self.versions, self.done = self._versions(), False
 
     def _versions(self) -> tuple[int, int]:
-        return self.a._version, 0 if self.b is None else self.b._version
+        return _version(self.a), _version(self.b)
 
     def check_unchanged(self) -> None:
         if self._versions() != self.versions:
@@ -119,6 +124,10 @@ class _Pending:
         with torch.enable_grad():
             known = (loss, stats, *self.grads)
             return apply(_Loss, self.a, self.b, self.n_real, *self.targets, self.spec, self.name, known)[0]
+
+
+def _version(t: Tensor | None) -> int:
+    return 0 if t is None or t.is_inference() else t._version
 
 
 def reference(
@@ -247,7 +256,7 @@ def gan_loss(
         _check_settings(no_fake, objective, side, real_label, fake_label, reduction)
         spec, *found = _specify(a, _given(real, fake, n_real), objective, side, real_label, fake_label, reduction)
         targets = (found[0], found[1])
-        if targets == (None, None):
+        if not isinstance(real_label, Tensor) and not isinstance(fake_label, Tensor):
             if len(_specs) >= 256:
                 _specs.clear()
             _specs[key] = spec
@@ -260,7 +269,7 @@ def gan_loss(
     if name == "reference":
         return GanLoss(*_reference(a, b, n, *targets, spec))
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        loss, stats, *_ = _Loss.apply(a, b, n, *targets, spec, name, None)
+        loss, stats, *_ = apply(_Loss, a, b, n, *targets, spec, name, None)
         return GanLoss(loss, stats)
     needs_graph = torch.is_grad_enabled() and (a.requires_grad or (b is not None and b.requires_grad))
     with torch.no_grad():

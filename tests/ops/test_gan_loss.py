@@ -639,3 +639,22 @@ def test_terms_are_each_others_derivatives() -> None:
         torch.testing.assert_close(term.slope(a, t), slope, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(term.curvature(a, t), torch.autograd.grad(slope.sum(), a)[0], rtol=1e-11, atol=1e-14)
     assert len({term.code for term in op.TERMS.values()}) == len(op.TERMS)
+
+
+def test_backward_runs_once(kernel_backend: str) -> None:
+    logits = torch.zeros(4, device=DEVICE, requires_grad=True)
+    out = gankern.gan_loss(logits, n_real=2)
+    out.backward()
+    with pytest.raises(RuntimeError, match="gan_loss: backward must be called once"):
+        out.backward()
+
+
+def test_samples_of_inference_mode_and_labels_leave_nothing_behind(kernel_backend: str) -> None:
+    with torch.inference_mode():
+        fake = torch.zeros(4, device=DEVICE)
+    real = torch.zeros(4, device=DEVICE, requires_grad=True)
+    gankern.gan_loss(real, fake).backward()
+    torch.testing.assert_close(real.grad, torch.full((4,), -0.125, device=DEVICE))
+    before = len(op._specs)
+    gankern.gan_loss(None, real, side="generator", fake_label=torch.zeros(4, device=DEVICE))
+    assert len(op._specs) == before
