@@ -30,7 +30,8 @@ def kernels() -> None:
             logits, c, g = torch.randn(n, device=DEVICE), torch.randn(n, device=DEVICE), torch.ones((), device=DEVICE)
             for reduction in (0, 1):
                 arguments = (logits, None, n // 2, 0, 1.0, 1.0, None, 0, 1.0, 0.0, None, reduction)
-                namespace(name, "gan_loss").gan_loss(*arguments)
+                for relative in range(3):
+                    namespace(name, "gan_loss").gan_loss(*arguments, relative)
                 namespace(name, "gan_loss").gan_loss_grad2(*arguments, g if reduction else c, c)
         torch.cuda.synchronize()
         print(f"{name}: all kernels ran")

@@ -25,9 +25,27 @@ struct Part {
   const void* targets;
 };
 
+// In the order of RELATIVE in gankern/ops/_objectives.py.
+enum Relative : int64_t { kNo = 0, kPair = 1, kAverage = 2 };
+
 template <typename A>
 struct Sums {
-  A loss = 0, sigmoid = 0, right = 0;
+  A loss = 0, slope = 0, sigmoid = 0, right = 0;
+
+  void add(const Sums& s) {
+    loss += s.loss;
+    slope += s.slope;
+    sigmoid += s.sigmoid;
+    right += s.right;
+  }
+};
+
+// What the logits of a half are taken relative to, if anything: their partners (else null), or the mean of the other half (else 0).
+template <typename T, typename A>
+struct Origin {
+  bool shifts;
+  const T* partners;
+  A mean;
 };
 
 // Sum of kTile values in a fixed order that the compiler can vectorise.
@@ -42,61 +60,151 @@ GK_HD A tile_sum(const A* v) {
   return lanes[0];
 }
 
-// One chunk of a half: gradient (scaled), losses (null unless reduction is none), sums.
+// kTile terms at x, of target t: values and slopes, with the sigmoids of the logits a.
+template <typename A>
+GK_HD void tile_slopes(int code, const A* a, const A* x, const A* t, A* value, A* slope, A* sig) {
+  with_term(code, [&](auto k) {
+    for (int64_t i = 0; i < kTile; ++i) {
+      const Term<A> r = term<decltype(k)::value>(x[i], t[i]);
+      value[i] = r.value;
+      slope[i] = r.slope;
+    }
+  });
+  for (int64_t i = 0; i < kTile; ++i) sig[i] = sigmoid(a[i]);
+}
+
+// The same of cross entropy in the logits themselves, which shares its exponential with the sigmoid.
+template <typename A>
+GK_HD void tile_bce(const A* a, const A* t, A* value, A* slope, A* sig) {
+  for (int64_t i = 0; i < kTile; ++i) {
+    const Term<A> r = bce(a[i], t[i]);
+    value[i] = r.value;
+    slope[i] = r.slope;
+    sig[i] = sigmoid(a[i]);
+  }
+}
+
+template <typename A>
+GK_HD void tile_curvatures(int code, const A* x, const A* t, A* curvature) {
+  with_term(code, [&](auto k) {
+    for (int64_t i = 0; i < kTile; ++i) curvature[i] = term<decltype(k)::value>(x[i], t[i]).curvature;
+  });
+}
+
+#define GK_TILES(A)                                                                                                                           \
+  GK_CLONES void slopes(int code, const A* a, const A* x, const A* t, A* value, A* slope, A* sig) { tile_slopes(code, a, x, t, value, slope, sig); } \
+  GK_CLONES void curvatures(int code, const A* x, const A* t, A* curvature) { tile_curvatures(code, x, t, curvature); }
+GK_TILES(double)
+GK_TILES(float)
+
+// One chunk of a half: gradient in its own relative logits (scaled), losses (null unless reduction is none), sums.
 template <typename T, typename A>
-GK_HD void chunk_pass(const T* a, const A* targets, A target, A weight, A scale, bool fake, A* grad, A* losses, int64_t n, Sums<A>& sums) {
+GK_HD void chunk_pass(const T* a, const Origin<T, A>& origin, int code, const A* targets, A target, A weight, A scale, bool fake, A* grad, A* losses,
+                      int64_t n, Sums<A>& sums) {
   for (int64_t first = 0; first < n; first += kTile) {
     const int64_t count = std::min(kTile, n - first);
-    A logit[kTile] = {}, t[kTile], value[kTile], slope[kTile], sig[kTile], right[kTile];
+    A logit[kTile] = {}, x[kTile], t[kTile], value[kTile], slope[kTile], sig[kTile], right[kTile];
     for (int64_t i = 0; i < count; ++i) logit[i] = static_cast<A>(a[first + i]);
     for (int64_t i = 0; i < kTile; ++i) t[i] = target;
     if (targets != nullptr) std::copy(targets + first, targets + first + count, t);
-    for (int64_t i = 0; i < kTile; ++i) {
-      const Term<A> term = bce(logit[i], t[i]);
-      value[i] = weight * term.value;
-      slope[i] = scale * term.slope;
-      sig[i] = term.sigmoid;
+    if (code == kBce && !origin.shifts) {
+      tile_bce(logit, t, value, slope, sig);
+    } else {
+      for (int64_t i = 0; i < kTile; ++i) x[i] = logit[i] - origin.mean;
+      if (origin.partners != nullptr)
+        for (int64_t i = 0; i < count; ++i) x[i] = logit[i] - static_cast<A>(origin.partners[first + i]);
+      slopes(code, logit, x, t, value, slope, sig);
     }
     if (fake) {
       for (int64_t i = 0; i < kTile; ++i) right[i] = logit[i] <= A(0) ? A(1) : A(0);
     } else {
       for (int64_t i = 0; i < kTile; ++i) right[i] = logit[i] > A(0) ? A(1) : A(0);
     }
-    for (int64_t i = count; i < kTile; ++i) value[i] = sig[i] = right[i] = A(0);
     if (weight != A(0)) {
+      for (int64_t i = 0; i < kTile; ++i) {
+        value[i] *= weight;
+        slope[i] *= scale;
+      }
+      for (int64_t i = count; i < kTile; ++i) value[i] = slope[i] = A(0);
       std::copy(slope, slope + count, grad + first);
       if (losses != nullptr) std::copy(value, value + count, losses + first);
       sums.loss += tile_sum(value);
+      sums.slope += tile_sum(slope);
     } else {
       std::fill(grad + first, grad + first + count, A(0));
       if (losses != nullptr) std::fill(losses + first, losses + first + count, A(0));
     }
+    for (int64_t i = count; i < kTile; ++i) sig[i] = right[i] = A(0);
     sums.sigmoid += tile_sum(sig);
     sums.right += tile_sum(right);
   }
 }
 
 template <typename T, typename A>
-GK_HD void chunk_curvature(const T* a, const A* targets, A target, A scale, const A* g, bool g_each, const A* c, A* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const A curvature = bce(static_cast<A>(a[i]), targets != nullptr ? targets[i] : target).curvature;
-    out[i] = scale == A(0) ? A(0) : g[g_each ? i : 0] * c[i] * scale * curvature;
+GK_HD A chunk_sum(const T* a, int64_t n) {
+  A total = 0;
+  for (int64_t first = 0; first < n; first += kTile) {
+    const int64_t count = std::min(kTile, n - first);
+    A v[kTile] = {};
+    for (int64_t i = 0; i < count; ++i) v[i] = static_cast<A>(a[first + i]);
+    total += tile_sum(v);
+  }
+  return total;
+}
+
+template <typename T, typename A>
+GK_HD void chunk_curvature(const T* a, int code, const A* targets, A target, A scale, const A* g, bool g_each, const A* c, A* out, int64_t n) {
+  for (int64_t first = 0; first < n; first += kTile) {
+    const int64_t count = std::min(kTile, n - first);
+    A x[kTile] = {}, t[kTile], curvature[kTile];
+    for (int64_t i = 0; i < count; ++i) x[i] = static_cast<A>(a[first + i]);
+    for (int64_t i = 0; i < kTile; ++i) t[i] = target;
+    if (targets != nullptr) std::copy(targets + first, targets + first + count, t);
+    curvatures(code, x, t, curvature);
+    for (int64_t i = 0; i < count; ++i) {
+      const A bent = g[g_each ? first + i : 0] * c[first + i] * scale * curvature[i];
+      out[first + i] = scale == A(0) ? A(0) : bent;
+    }
   }
 }
 
 #define GK_CHUNKS(T)                                                                                                                          \
-  GK_CLONES void pass(const T* a, const acc_t<T>* targets, acc_t<T> target, acc_t<T> weight, acc_t<T> scale, bool fake, acc_t<T>* grad,            \
-                      acc_t<T>* losses, int64_t n, Sums<acc_t<T>>& sums) {                                                                                      \
-    chunk_pass<T, acc_t<T>>(a, targets, target, weight, scale, fake, grad, losses, n, sums);                                                        \
+  GK_CLONES void pass(const T* a, const Origin<T, acc_t<T>>& origin, int code, const acc_t<T>* targets, acc_t<T> target, acc_t<T> weight,     \
+                      acc_t<T> scale, bool fake, acc_t<T>* grad, acc_t<T>* losses, int64_t n, Sums<acc_t<T>>& sums) {                         \
+    chunk_pass<T, acc_t<T>>(a, origin, code, targets, target, weight, scale, fake, grad, losses, n, sums);                                    \
   }                                                                                                                                           \
-  GK_CLONES void curve(const T* a, const acc_t<T>* targets, acc_t<T> target, acc_t<T> scale, const acc_t<T>* g, bool g_each,                   \
+  GK_CLONES acc_t<T> sum(const T* a, int64_t n) { return chunk_sum<T, acc_t<T>>(a, n); }                                                      \
+  GK_CLONES void curve(const T* a, int code, const acc_t<T>* targets, acc_t<T> target, acc_t<T> scale, const acc_t<T>* g, bool g_each,        \
                        const acc_t<T>* c, acc_t<T>* out, int64_t n) {                                                                         \
-    chunk_curvature<T, acc_t<T>>(a, targets, target, scale, g, g_each, c, out, n);                                                             \
+    chunk_curvature<T, acc_t<T>>(a, code, targets, target, scale, g, g_each, c, out, n);                                                      \
   }
 GK_CHUNKS(double)
 GK_CHUNKS(float)
 GK_CHUNKS(BFloat16)
 GK_CHUNKS(Half)
+
+// work(chunk, R&) for each chunk of n values, on several threads when there are more than one; the results are added in their order.
+template <typename R, typename F>
+R over_chunks(int64_t n, const F& work) {
+  R total{};
+  const int64_t chunks = (n + kChunk - 1) / kChunk;
+  if (chunks <= 1) {
+    if (chunks == 1) work(0, total);
+    return total;
+  }
+  std::vector<R> partial(static_cast<size_t>(chunks));
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) work(chunk, partial[static_cast<size_t>(chunk)]);
+  });
+  for (const R& p : partial) total.add(p);
+  return total;
+}
+
+template <typename A>
+struct Total {
+  A sum = 0;
+  void add(const Total& t) { sum += t.sum; }
+};
 
 // The two halves of the logits, wherever they lie.
 struct Halves {
@@ -116,7 +224,7 @@ Halves halves_of(const char* op, const Tensor& a, const std::optional<Tensor>& b
 }
 
 Part part_of(const char* op, const Tensor& a, int64_t term, double weight, double target, const std::optional<Tensor>& targets, int64_t n) {
-  check(term == 0, op, "term", "be a known code");
+  check(term >= 0 && term < kTerms, op, "term", "be a known code");
   if (targets.has_value()) {
     check(targets->scalar_type() == accumulate_dtype(a.scalar_type()) && targets->numel() == n, op, "targets",
           "have one value a logit, in the accumulation dtype");
@@ -134,9 +242,11 @@ using Targets = std::optional<Tensor>;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gan_loss(const Tensor& a, const std::optional<Tensor>& b, int64_t n_real, int64_t term_real, double weight_real,
                                             double target_real, const Targets& targets_real, int64_t term_fake, double weight_fake,
-                                            double target_fake, const Targets& targets_fake, int64_t reduction) {
+                                            double target_fake, const Targets& targets_fake, int64_t reduction, int64_t relative) {
   constexpr const char* op = "gan_loss";
   const Halves halves = halves_of(op, a, b, n_real);
+  check(relative >= kNo && relative <= kAverage, op, "relative", "be 0, 1 or 2");
+  check(relative != kPair || halves.n[0] == halves.n[1], op, "n_real", "be half the number of logits when they pair");
   const Part parts[2] = {part_of(op, a, term_real, weight_real, target_real, targets_real, halves.n[0]),
                          part_of(op, a, term_fake, weight_fake, target_fake, targets_fake, halves.n[1])};
   const ScalarType dtype = accumulate_dtype(a.scalar_type());
@@ -149,29 +259,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gan_loss(const Tensor& a, const std::
     using A = acc_t<T>;
     A* slopes[2] = {mutable_data<A>(grad_a), b.has_value() ? mutable_data<A>(grad_b) : mutable_data<A>(grad_a) + halves.n[0]};
     A* losses = reduction == kNone ? mutable_data<A>(loss) : nullptr;
+    const T* logits[2] = {reinterpret_cast<const T*>(halves.at[0]), reinterpret_cast<const T*>(halves.at[1])};
+    A means[2] = {0, 0};
+    for (int h = 0; h < 2 && relative == kAverage; ++h) {
+      const auto add = [&](int64_t chunk, Total<A>& into) {
+        into.sum += sum(logits[h] + chunk * kChunk, std::min(kChunk, halves.n[h] - chunk * kChunk));
+      };
+      means[h] = over_chunks<Total<A>>(halves.n[h], add).sum / static_cast<A>(halves.n[h]);
+    }
     Sums<A> sums[2];
     for (int h = 0; h < 2; ++h) {
-      const T* logits = reinterpret_cast<const T*>(halves.at[h]);
       const A* targets = static_cast<const A*>(parts[h].targets);
-      const int64_t n = halves.n[h], offset = h == 0 ? 0 : halves.n[0], chunks = (n + kChunk - 1) / kChunk;
+      const int64_t n = halves.n[h], offset = h == 0 ? 0 : halves.n[0];
       const A weight = static_cast<A>(parts[h].weight), scale = static_cast<A>(scale_of(parts[h], n, reduction));
-      const auto run = [&](int64_t chunk, Sums<A>& into) {
+      sums[h] = over_chunks<Sums<A>>(n, [&](int64_t chunk, Sums<A>& into) {
         const int64_t first = chunk * kChunk;
-        pass(logits + first, targets == nullptr ? nullptr : targets + first, static_cast<A>(parts[h].target), weight, scale, h == 1, slopes[h] + first,
-             losses == nullptr ? nullptr : losses + offset + first, std::min(kChunk, n - first), into);
-      };
-      if (chunks <= 1) {
-        if (chunks == 1) run(0, sums[h]);
-        continue;
-      }
-      std::vector<Sums<A>> partial(static_cast<size_t>(chunks));
-      torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t chunk = begin; chunk < end; ++chunk) run(chunk, partial[static_cast<size_t>(chunk)]);
+        const Origin<T, A> origin{relative != kNo, relative == kPair ? logits[1 - h] + first : nullptr, means[1 - h]};
+        pass(logits[h] + first, origin, static_cast<int>(parts[h].term), targets == nullptr ? nullptr : targets + first,
+             static_cast<A>(parts[h].target), weight, scale, h == 1, slopes[h] + first, losses == nullptr ? nullptr : losses + offset + first,
+             std::min(kChunk, n - first), into);
       });
-      for (const Sums<A>& s : partial) {
-        sums[h].loss += s.loss;
-        sums[h].sigmoid += s.sigmoid;
-        sums[h].right += s.right;
+    }
+    if (reduction != kNone && relative != kNo) {  // from the slopes in the relative logits to the gradient in the logits
+      for (int64_t i = 0; i < halves.n[0] && relative == kPair; ++i) {
+        slopes[0][i] -= slopes[1][i];
+        slopes[1][i] = -slopes[0][i];
+      }
+      for (int h = 0; h < 2 && relative == kAverage; ++h) {
+        const A shift = sums[1 - h].slope / static_cast<A>(halves.n[h]);
+        for (int64_t i = 0; i < halves.n[h]; ++i) slopes[h][i] -= shift;
       }
     }
     const A nan = std::numeric_limits<A>::quiet_NaN();
@@ -217,7 +333,7 @@ Tensor gan_loss_grad2(const Tensor& a, const std::optional<Tensor>& b, int64_t n
       const int64_t n = halves.n[h], offset = h == 0 ? 0 : halves.n[0];
       const A scale = static_cast<A>(scale_of(parts[h], n, reduction));
       torch::stable::parallel_for(0, n, kChunk, [&](int64_t begin, int64_t end) {
-        curve(logits + begin, targets == nullptr ? nullptr : targets + begin, static_cast<A>(parts[h].target), scale,
+        curve(logits + begin, static_cast<int>(parts[h].term), targets == nullptr ? nullptr : targets + begin, static_cast<A>(parts[h].target), scale,
               data<A>(g) + (g_each ? offset + begin : 0), g_each, data<A>(c) + offset + begin, mutable_data<A>(out) + offset + begin, end - begin);
       });
     }
@@ -230,7 +346,7 @@ Tensor gan_loss_grad2(const Tensor& a, const std::optional<Tensor>& b, int64_t n
 STABLE_TORCH_LIBRARY_FRAGMENT(gankern, m) {
   m.def(
       "gan_loss(Tensor a, Tensor? b, int n_real, int term_real, float weight_real, float target_real, Tensor? targets_real, int term_fake, "
-      "float weight_fake, float target_fake, Tensor? targets_fake, int reduction) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float weight_fake, float target_fake, Tensor? targets_fake, int reduction, int relative) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "gan_loss_grad2(Tensor a, Tensor? b, int n_real, int term_real, float weight_real, float target_real, Tensor? targets_real, int term_fake, "
       "float weight_fake, float target_fake, Tensor? targets_fake, int reduction, Tensor g, Tensor c) -> Tensor");

@@ -1,5 +1,6 @@
 // gan_loss on CUDA: loss, statistics and gradient of both halves in one pass, and the second-order kernel. The contracts stand in
-// gankern/ops/gan_loss.py. One launch of one block up to kOneBlock logits; beyond, many blocks that leave partial sums and one that adds them.
+// gankern/ops/gan_loss.py. One launch of one block up to kOneBlock logits; beyond, many blocks that leave partial sums and one that adds them
+// (relative to averages: two more launches, for the means before and their share of the gradient after).
 #include "launch.h"
 
 namespace gankern {
@@ -10,7 +11,8 @@ constexpr std::int64_t kOneBlock = 4096;
 constexpr int kEach = 1024;  // logits a block takes when there are many blocks
 
 enum Reduction : std::int64_t { kNone = 0, kMean = 1, kSum = 2 };
-enum Sum { kLossReal, kLossFake, kSigmoidReal, kSigmoidFake, kRight, kSums };
+enum Relative : std::int64_t { kNo = 0, kPair = 1, kAverage = 2 };  // in the order of RELATIVE in gankern/ops/_objectives.py
+enum Sum { kLossReal, kLossFake, kSigmoidReal, kSigmoidFake, kRight, kSlopeReal, kSlopeFake, kSums };
 
 // What one half pays. scale: weight, divided by the number of logits of the half when the reduction is the mean.
 template <typename A>
@@ -20,22 +22,16 @@ struct Part {
   int term;
 };
 
-// The logits: n_real of the real half at `real`, the others at `fake`.
+// The logits: n_real of the real half at `real`, the others at `fake`. relative: what the terms take (Relative).
 template <typename T>
 struct Halves {
   const T *real, *fake;
   std::int64_t n_real, n;
   Part<sum_t<T>> real_part, fake_part;
+  std::int64_t relative;
 };
 
-template <typename A>
-__device__ __forceinline__ Term<A> term_of(int code, A a, A t) {
-  switch (code) {
-    default: return bce(a, t);
-  }
-}
-
-// Logit i of n, with what its half pays
+// Logit i of n, with what its half pays; mean: of the other half, when the terms are relative to it
 template <typename T>
 struct Logit {
   using A = sum_t<T>;
@@ -44,14 +40,18 @@ struct Logit {
   A a, weight, scale;
   Term<A> term;
 
-  __device__ __forceinline__ Logit(const Halves<T>& h, std::int64_t i) : fake(i >= h.n_real), j(fake ? i - h.n_real : i) {
-    const A* targets = fake ? h.fake_part.targets : h.real_part.targets;
+  __device__ __forceinline__ Logit(const Halves<T>& h, std::int64_t i, A mean_real = 0, A mean_fake = 0)
+      : fake(i >= h.n_real), j(fake ? i - h.n_real : i) {
+    const A* targets = fake ? h.fake_part.targets : h.real_part.targets;  // field by field: a reference to one of the parts is a stack frame
     const A t = targets != nullptr ? targets[j] : fake ? h.fake_part.target : h.real_part.target;
     a = static_cast<A>((fake ? h.fake : h.real)[j]);
     weight = fake ? h.fake_part.weight : h.real_part.weight;
     scale = fake ? h.fake_part.scale : h.real_part.scale;
-    term = term_of(fake ? h.fake_part.term : h.real_part.term, a, t);
+    const A origin = h.relative == kPair ? static_cast<A>((fake ? h.real : h.fake)[j]) : fake ? mean_real : mean_fake;
+    term = term_of(fake ? h.fake_part.term : h.real_part.term, h.relative == kNo ? a : a - origin, t);
   }
+
+  __device__ __forceinline__ A slope() const { return weight != 0 ? scale * term.slope : A(0); }
 };
 
 // Mean from a sum over n logits: 0 / 0, NaN, when there are none
@@ -60,56 +60,145 @@ __device__ __forceinline__ A mean_of(A sum, std::int64_t n) {
   return sum / static_cast<A>(n);
 }
 
-// From the sums over all logits: stats [3], and the loss [1] unless the reduction is none
+// From the sums over all logits: stats [3], the loss [1] unless the reduction is none, and what averages take off the gradient of the halves
 template <typename T>
-__device__ __forceinline__ void finish(const Halves<T>& h, const sum_t<T> (&sums)[kSums], std::int64_t reduction, sum_t<T>* loss, sum_t<T>* stats) {
+__device__ __forceinline__ void finish(const Halves<T>& h, const sum_t<T> (&sums)[kSums], std::int64_t reduction, sum_t<T>* loss, sum_t<T>* stats,
+                                       sum_t<T>* shift) {
   const std::int64_t n_fake = h.n - h.n_real;
   stats[0] = mean_of(sums[kSigmoidReal], h.n_real);
   stats[1] = mean_of(sums[kSigmoidFake], n_fake);
   stats[2] = mean_of(sums[kRight], h.n);
   if (reduction == kNone) return;
+  if (h.relative == kAverage) {
+    shift[0] = mean_of(sums[kSlopeFake], h.n_real);
+    shift[1] = mean_of(sums[kSlopeReal], n_fake);
+  }
   sum_t<T> value = 0;
   if (h.real_part.weight != 0) value += reduction == kMean ? mean_of(sums[kLossReal], h.n_real) : sums[kLossReal];
   if (h.fake_part.weight != 0) value += reduction == kMean ? mean_of(sums[kLossFake], n_fake) : sums[kLossFake];
   *loss = value;
 }
 
-// grad_real and grad_fake have a value for each logit of their half; loss [n] when the reduction is none. The only block finishes; one of many leaves its sums in partials [blocks, kSums].
+// The first K of the sums of a block, which thread 0 has, in every thread; after block_sum<K> of all threads.
+template <int K, typename A>
+__device__ __forceinline__ void broadcast(A (&v)[K]) {
+  GK_SHARED(A, shared, [K]);
+  if (threadIdx.x == 0)
+    for (int k = 0; k < K; ++k) shared[k] = v[k];
+  __syncthreads();
+  for (int k = 0; k < K; ++k) v[k] = shared[k];
+}
+
+// The means of both halves, in every thread of the block: from the logits if it is the only one, else from parts [rows, 2] of their sums
+template <typename T>
+__device__ __forceinline__ void means(const Halves<T>& h, const sum_t<T>* parts, std::int64_t rows, sum_t<T> (&mean)[2]) {
+  mean[0] = mean[1] = 0;
+  if (parts == nullptr) {
+    for (std::int64_t i = threadIdx.x; i < h.n; i += blockDim.x) {
+      const bool fake = i >= h.n_real;
+      const sum_t<T> a = static_cast<sum_t<T>>(fake ? h.fake[i - h.n_real] : h.real[i]);
+      mean[0] += fake ? sum_t<T>(0) : a;
+      mean[1] += fake ? a : sum_t<T>(0);
+    }
+  } else {
+    for (std::int64_t i = threadIdx.x; i < rows; i += blockDim.x)
+      for (int k = 0; k < 2; ++k) mean[k] += parts[i * 2 + k];
+  }
+  block_sum<2>(mean);
+  mean[0] = mean_of(mean[0], h.n_real);
+  mean[1] = mean_of(mean[1], h.n - h.n_real);
+  broadcast<2>(mean);
+}
+
+// parts [blocks, 2]: what each block adds up of the real and of the fake logits
+template <typename T>
+__global__ void __launch_bounds__(kThreads) mean_kernel(Halves<T> h, sum_t<T>* __restrict__ parts) {
+  sum_t<T> sums[2] = {};
+  for (std::int64_t i = grid_thread(); i < h.n; i += grid_stride()) {
+    const bool fake = i >= h.n_real;
+    const sum_t<T> a = static_cast<sum_t<T>>(fake ? h.fake[i - h.n_real] : h.real[i]);
+    sums[0] += fake ? sum_t<T>(0) : a;
+    sums[1] += fake ? a : sum_t<T>(0);
+  }
+  block_sum<2>(sums);
+  if (threadIdx.x != 0) return;
+  for (int k = 0; k < 2; ++k) parts[static_cast<std::int64_t>(blockIdx.x) * 2 + k] = sums[k];
+}
+
+// The gradient of logit i loses its half's share of the slopes of the other half.
+template <typename T>
+__device__ __forceinline__ void shift_gradient(const Halves<T>& h, std::int64_t i, sum_t<T> shift_real, sum_t<T> shift_fake, sum_t<T>* grad_real,
+                                               sum_t<T>* grad_fake) {
+  if (i < h.n_real) grad_real[i] -= shift_real;
+  else grad_fake[i - h.n_real] -= shift_fake;
+}
+
+// grad_real and grad_fake have a value for each logit of their half; loss [n] when the reduction is none. The only block finishes; one of
+// many leaves its sums in partials [blocks, kSums], and has the sums of the logits in parts [blocks, 2] where averages are needed.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     loss_kernel(Halves<T> h, std::int64_t reduction, sum_t<T>* __restrict__ loss, sum_t<T>* __restrict__ stats, sum_t<T>* __restrict__ grad_real,
-                sum_t<T>* __restrict__ grad_fake, sum_t<T>* __restrict__ partials) {
+                sum_t<T>* __restrict__ grad_fake, sum_t<T>* __restrict__ partials, const sum_t<T>* __restrict__ parts) {
   using A = sum_t<T>;
-  A sums[kSums] = {};
+  A sums[kSums] = {}, mean[2] = {};
+  if (h.relative == kAverage) means(h, parts, gridDim.x, mean);
   for (std::int64_t i = grid_thread(); i < h.n; i += grid_stride()) {
-    const Logit<T> l(h, i);
-    const bool pays = l.weight != 0;
-    const A value = pays ? l.weight * l.term.value : A(0);
-    (l.fake ? grad_fake : grad_real)[l.j] = pays ? l.scale * l.term.slope : A(0);
+    const Logit<T> l(h, i, mean[0], mean[1]);
+    const A value = l.weight != 0 ? l.weight * l.term.value : A(0);
+    (l.fake ? grad_fake : grad_real)[l.j] = l.slope();
     if (reduction == kNone) loss[i] = value;
     sums[kLossReal] += l.fake ? A(0) : value;
     sums[kLossFake] += l.fake ? value : A(0);
-    sums[kSigmoidReal] += l.fake ? A(0) : l.term.sigmoid;
-    sums[kSigmoidFake] += l.fake ? l.term.sigmoid : A(0);
+    const A d = sigmoid(l.a);
+    sums[kSigmoidReal] += l.fake ? A(0) : d;
+    sums[kSigmoidFake] += l.fake ? d : A(0);
     sums[kRight] += (l.fake ? l.a <= 0 : l.a > 0) ? A(1) : A(0);
   }
+  if (h.relative == kAverage) {  // each thread reads what it wrote: the pass above needs its registers
+    for (std::int64_t i = grid_thread(); i < h.n; i += grid_stride()) {
+      if (i < h.n_real) sums[kSlopeReal] += grad_real[i];
+      else sums[kSlopeFake] += grad_fake[i - h.n_real];
+    }
+  }
   block_sum<kSums>(sums);
-  if (threadIdx.x != 0) return;
-  if (gridDim.x == 1) finish(h, sums, reduction, loss, stats);
-  else
-    for (int k = 0; k < kSums; ++k) partials[static_cast<std::int64_t>(blockIdx.x) * kSums + k] = sums[k];
+  A shift[2] = {};
+  if (threadIdx.x == 0) {
+    if (gridDim.x == 1) finish(h, sums, reduction, loss, stats, shift);
+    else
+      for (int k = 0; k < kSums; ++k) partials[static_cast<std::int64_t>(blockIdx.x) * kSums + k] = sums[k];
+  }
+  if (h.relative == kNo || reduction == kNone) return;
+  // from the slopes in what the terms take to the gradient, each thread where it wrote; a pass of its own needs fewer registers
+  if (h.relative == kPair) {
+    for (std::int64_t i = grid_thread(); i < h.n; i += grid_stride()) {
+      const bool fake = i >= h.n_real;
+      const std::int64_t j = fake ? i - h.n_real : i;
+      (fake ? grad_fake : grad_real)[j] -= Logit<T>(h, fake ? j : h.n_real + j).slope();
+    }
+  } else if (gridDim.x == 1) {
+    broadcast<2>(shift);
+    for (std::int64_t i = threadIdx.x; i < h.n; i += blockDim.x) shift_gradient(h, i, shift[0], shift[1], grad_real, grad_fake);
+  }
 }
 
-// One block: loss and stats from partials [blocks, kSums]
+// One block: loss and stats from partials [blocks, kSums]; what averages take off returns in its first two
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(Halves<T> h, std::int64_t reduction, const sum_t<T>* __restrict__ partials, std::int64_t blocks, sum_t<T>* __restrict__ loss,
+    finish_kernel(Halves<T> h, std::int64_t reduction, sum_t<T>* __restrict__ partials, std::int64_t blocks, sum_t<T>* __restrict__ loss,
                   sum_t<T>* __restrict__ stats) {
   sum_t<T> sums[kSums] = {};
   for (std::int64_t i = threadIdx.x; i < blocks; i += blockDim.x)
     for (int k = 0; k < kSums; ++k) sums[k] += partials[i * kSums + k];
-  block_sum<kSums>(sums);
-  if (threadIdx.x == 0) finish(h, sums, reduction, loss, stats);
+  block_sum<kSums>(sums);  // after its barrier nobody reads partials
+  if (threadIdx.x == 0) finish(h, sums, reduction, loss, stats, partials);
+}
+
+// The part of the gradient that passes through the means; partials as finish_kernel leaves them
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    shift_kernel(Halves<T> h, const sum_t<T>* __restrict__ partials, sum_t<T>* __restrict__ grad_real, sum_t<T>* __restrict__ grad_fake) {
+  for (std::int64_t i = grid_thread(); i < h.n; i += grid_stride())
+    shift_gradient(h, i, partials[0], partials[1], grad_real, grad_fake);
 }
 
 // out [n] = g * c * curvature, scaled as the gradient is; g [n] or, when !g_each, [1]
@@ -125,14 +214,19 @@ __global__ void __launch_bounds__(kThreads)
 // --- launchers over raw pointers -----------------------------------------------------------------------------------------------
 inline std::int64_t loss_blocks(std::int64_t n) { return n <= kOneBlock ? 1 : grid_for(n, kEach); }
 
-// partials [loss_blocks(n), kSums] is used when there is more than one block
+// partials [loss_blocks(n), kSums + 2] is used when there is more than one block
 template <typename T>
 void launch_loss(const Halves<T>& h, std::int64_t reduction, sum_t<T>* loss, sum_t<T>* stats, sum_t<T>* grad_real, sum_t<T>* grad_fake,
                  sum_t<T>* partials, cudaStream_t stream) {
   const std::int64_t blocks = loss_blocks(h.n), warps = ceil_div(h.n, 32);
   const int threads = warps >= kThreads / 32 ? kThreads : warps > 1 ? static_cast<int>(warps) * 32 : 32;
-  GK_LAUNCH(loss_kernel<T>, static_cast<unsigned>(blocks), threads, stream, h, reduction, loss, stats, grad_real, grad_fake, partials);
+  const unsigned grid = static_cast<unsigned>(blocks);
+  sum_t<T>* parts = blocks > 1 ? partials + blocks * kSums : nullptr;
+  const bool averages = blocks > 1 && h.relative == kAverage;
+  if (averages) GK_LAUNCH(mean_kernel<T>, grid, kThreads, stream, h, parts);
+  GK_LAUNCH(loss_kernel<T>, grid, threads, stream, h, reduction, loss, stats, grad_real, grad_fake, partials, parts);
   if (blocks > 1) GK_LAUNCH(finish_kernel<T>, 1, kThreads, stream, h, reduction, partials, blocks, loss, stats);
+  if (averages && reduction != kNone) GK_LAUNCH(shift_kernel<T>, grid, kThreads, stream, h, partials, grad_real, grad_fake);
 }
 
 template <typename T>
@@ -164,7 +258,7 @@ struct Arguments {
   }
 
   void check_term(const char* op, std::int64_t term, const Maybe& targets, std::int64_t count) const {
-    check(term == 0, op, "term", "be a known code");
+    check(term >= 0 && term < kTerms, op, "term", "be a known code");
     if (targets.has_value()) check_values(op, "targets", *targets, count);
   }
 
@@ -177,20 +271,22 @@ struct Arguments {
 
   template <typename T>
   Halves<T> halves(std::int64_t term_real, double weight_real, double target_real, const Maybe& targets_real, std::int64_t term_fake, double weight_fake,
-                   double target_fake, const Maybe& targets_fake, std::int64_t reduction) const {
+                   double target_fake, const Maybe& targets_fake, std::int64_t reduction, std::int64_t relative) const {
     using A = sum_t<T>;
     const T* first = data<T>(a);
     return {first, b.has_value() ? data<T>(*b) : first + n_real, n_real, n,
             make_part<A>(term_real, weight_real, target_real, data_or_null<A>(targets_real), n_real, reduction),
-            make_part<A>(term_fake, weight_fake, target_fake, data_or_null<A>(targets_fake), n - n_real, reduction)};
+            make_part<A>(term_fake, weight_fake, target_fake, data_or_null<A>(targets_fake), n - n_real, reduction), relative};
   }
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gan_loss(const Tensor& a, const Maybe& b, std::int64_t n_real, std::int64_t term_real, double weight_real,
                                             double target_real, const Maybe& targets_real, std::int64_t term_fake, double weight_fake,
-                                            double target_fake, const Maybe& targets_fake, std::int64_t reduction) {
+                                            double target_fake, const Maybe& targets_fake, std::int64_t reduction, std::int64_t relative) {
   constexpr const char* op = "gan_loss";
   const Arguments in(op, a, b, n_real);
+  check(relative >= kNo && relative <= kAverage, op, "relative", "be 0, 1 or 2");
+  check(relative != kPair || in.n == 2 * in.n_real, op, "n_real", "be half the number of logits when they pair");
   in.check_term(op, term_real, targets_real, in.n_real);
   in.check_term(op, term_fake, targets_fake, in.n - in.n_real);
   const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
@@ -200,11 +296,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gan_loss(const Tensor& a, const Maybe
   Tensor grad_b = b.has_value() ? torch::stable::new_empty(a, b->sizes(), dtype) : torch::stable::new_empty(a, {0}, dtype);
   const std::int64_t blocks = loss_blocks(in.n);
   Maybe partials;
-  if (blocks > 1) partials = torch::stable::new_empty(a, {blocks, static_cast<std::int64_t>(kSums)}, dtype);
+  if (blocks > 1) partials = torch::stable::new_empty(a, {blocks, static_cast<std::int64_t>(kSums) + 2}, dtype);
   dispatch_floating(op, a.scalar_type(), [&](auto zero) {
     using T = device_t<decltype(zero)>;
     using A = sum_t<T>;
-    launch_loss<T>(in.halves<T>(term_real, weight_real, target_real, targets_real, term_fake, weight_fake, target_fake, targets_fake, reduction),
+    launch_loss<T>(in.halves<T>(term_real, weight_real, target_real, targets_real, term_fake, weight_fake, target_fake, targets_fake, reduction,
+                                 relative),
                    reduction, mutable_data<A>(loss), mutable_data<A>(stats), mutable_data<A>(grad_a),
                    b.has_value() ? mutable_data<A>(grad_b) : mutable_data<A>(grad_a) + in.n_real,
                    partials.has_value() ? mutable_data<A>(*partials) : nullptr, current_stream(a));
@@ -227,7 +324,7 @@ Tensor gan_loss_grad2(const Tensor& a, const Maybe& b, std::int64_t n_real, std:
   dispatch_floating(op, a.scalar_type(), [&](auto zero) {
     using T = device_t<decltype(zero)>;
     using A = sum_t<T>;
-    launch_grad2<T>(in.halves<T>(term_real, weight_real, target_real, targets_real, term_fake, weight_fake, target_fake, targets_fake, reduction),
+    launch_grad2<T>(in.halves<T>(term_real, weight_real, target_real, targets_real, term_fake, weight_fake, target_fake, targets_fake, reduction, kNo),
                     data<A>(g), g_each, data<A>(c), mutable_data<A>(out), current_stream(a));
   });
   return out;

@@ -3,6 +3,7 @@
 #pragma once
 
 #ifdef GK_SIM
+#define GK_GRID_CONSTANT
 #include "cuda_sim.h"
 #else
 #include <cuda_bf16.h>
@@ -21,6 +22,7 @@
 
 #ifndef GK_SIM
 #define GK_SHARED(type, name, dims) __shared__ type name dims
+#define GK_GRID_CONSTANT __grid_constant__  // a parameter struct that is indexed where it lies, not copied to the stack
 // Launch on a stream; a kernel name with commas goes in parentheses. Throws if the launch is refused; never waits for the kernel.
 #define GK_LAUNCH(kernel, grid, block, stream, ...)          \
   do {                                                       \
@@ -59,7 +61,7 @@ struct alignas(16) Eight {
   T v[8];
 };
 
-inline bool aligned16(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
+__host__ __device__ inline bool aligned16(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
 
 // The first `count` of eight (all of them when kVector); the others are 0.
 template <bool kVector, typename T>

@@ -26,6 +26,20 @@ GK_HD T lrelu_slope(T y, T slope) {
   return y > T(0) ? T(1) : slope;
 }
 
+// --- the input-gradient penalty of mlp_critic: weight * mean (norm - target)^2 ---------------------------------------------------------
+// norm - target; a one-sided penalty pays nothing below the target. NaN stays.
+template <typename T>
+GK_HD T penalty_gap(T norm, T target, bool one_sided) {
+  const T gap = norm - target;
+  return one_sided && gap < T(0) ? T(0) : gap;
+}
+
+// What the gradient is multiplied by to become the slope of the penalty in it; two_weight is 2 weight / samples. 0 at a norm of 0.
+template <typename T>
+GK_HD T penalty_slope(T norm, T two_weight, T target, bool one_sided) {
+  return norm > T(0) ? two_weight * penalty_gap(norm, target, one_sided) / norm : T(0);
+}
+
 // --- exp and log1p on the ranges that softplus needs --------------------------------------------------------------------------
 // exp(x), x <= 0. On the CPU in float: Cody-Waite reduction and a polynomial, so that the compiler vectorises the loop around it.
 template <typename T>
@@ -85,6 +99,12 @@ GK_HD T abs_value(T a) {
   return a < T(0) ? -a : a;
 }
 
+// 1, 0 or -1; 0 for NaN
+template <typename T>
+GK_HD T sign_of(T a) {
+  return a > T(0) ? T(1) : a < T(0) ? T(-1) : T(0);
+}
+
 // sigmoid(a), from e = exp(-|a|)
 template <typename T>
 GK_HD T sigmoid_from(T a, T e) {
@@ -96,18 +116,105 @@ GK_HD T sigmoid(T a) {
   return sigmoid_from(a, exp_nonpositive(-abs_value(a)));
 }
 
-// --- the terms of gan_loss: value, slope and curvature in the logit a, target t; the codes are those of gankern/ops/gan_loss.py --
+// --- the terms of gan_loss: value, slope and curvature in the logit a, target t ------------------------------------------------------
+// t = 1 is what a real sample pays, t = 0 what a fake one does, between them the mixture. The formulas and codes are those of
+// gankern/ops/_objectives.py.
 template <typename T>
 struct Term {
-  T value, slope, curvature, sigmoid;
+  T value, slope, curvature;
 };
+
+// t * real + (1 - t) * fake, where a share of 0 leaves out even what is infinite
+template <typename T>
+GK_HD T mix(T t, T real, T fake) {
+  const T r = t * real, f = (T(1) - t) * fake;
+  return (t != T(0) ? r : T(0)) + (t != T(1) ? f : T(0));
+}
+
+template <typename T>
+GK_HD Term<T> mix(T t, const Term<T>& real, const Term<T>& fake) {
+  return {mix(t, real.value, fake.value), mix(t, real.slope, fake.slope), mix(t, real.curvature, fake.curvature)};
+}
+
+// exp(x), continued beyond x = kExpLimit by its tangent
+constexpr double kExpLimit = 30.0;
+template <typename T>
+GK_HD Term<T> guarded_exp(T x) {
+  const T limit = T(kExpLimit), over = x - limit;
+  const T m = x > limit ? limit : x, down = exp_nonpositive(-abs_value(m)), inverse = T(1) / down;
+  const T e = m > T(0) ? inverse : down, line = e * (T(1) + over);
+  return {over > T(0) ? line : e, e, over > T(0) ? T(0) : e};
+}
+
+// exp(-a) - shift, as guarded
+template <typename T>
+GK_HD Term<T> guarded_decay(T a, T shift) {
+  const Term<T> e = guarded_exp(-a);
+  return {e.value - shift, -e.slope, e.curvature};
+}
+
+// max(0, 1 + a); not below 0, so that NaN passes
+template <typename T>
+GK_HD Term<T> margin(T a) {
+  const T v = T(1) + a;
+  return {v <= T(0) ? T(0) : v, v <= T(0) ? T(0) : T(1), T(0)};
+}
+
+enum TermCode : int { kBce, kLinear, kSquare, kSquareSides, kHinge, kKl, kReverseKl, kPearson, kHellinger, kJensenShannon, kTerms };
 
 // binary cross entropy of sigmoid(a) against t: softplus(a) - t a
 template <typename T>
 GK_HD Term<T> bce(T a, T t) {
-  const T e = exp_nonpositive(-abs_value(a));
-  const T s = sigmoid_from(a, e), q = T(1) / (T(1) + e);
-  return {(a > T(0) ? T(1) - t : -t) * a + log1p_unit(e), s - t, e * q * q, s};
+  const T e = exp_nonpositive(-abs_value(a)), q = T(1) / (T(1) + e);
+  return {(a > T(0) ? T(1) - t : -t) * a + log1p_unit(e), sigmoid_from(a, e) - t, e * q * q};
+}
+
+template <int kCode, typename T>
+GK_HD Term<T> term(T a, T t) {
+  if constexpr (kCode == kBce) return bce(a, t);
+  else if constexpr (kCode == kLinear) return {(T(1) - T(2) * t) * a, T(1) - T(2) * t, T(0)};
+  else if constexpr (kCode == kSquare) return {T(0.5) * (a - t) * (a - t), a - t, T(1)};
+  else if constexpr (kCode == kSquareSides)
+    return {mix(t, T(0.5) * (a - T(1)) * (a - T(1)), T(0.5) * (a + T(1)) * (a + T(1))), a - (T(2) * t - T(1)), T(1)};
+  else if constexpr (kCode == kHinge) {
+    const Term<T> real = margin(-a);
+    return mix(t, {real.value, -real.slope, T(0)}, margin(a));
+  } else if constexpr (kCode == kKl) return mix(t, {-a, T(-1), T(0)}, guarded_exp(a - T(1)));
+  else if constexpr (kCode == kReverseKl) return mix(t, guarded_decay(a, T(0)), {a - T(1), T(1), T(0)});
+  else if constexpr (kCode == kPearson) return mix(t, {-a, T(-1), T(0)}, {a * (T(0.25) * a + T(1)), T(0.5) * a + T(1), T(0.5)});
+  else if constexpr (kCode == kHellinger) {
+    Term<T> fake = guarded_exp(a);
+    fake.value -= T(1);
+    return mix(t, guarded_decay(a, T(1)), fake);
+  } else {
+    Term<T> b = bce(a, t);
+    b.value -= T(0.69314718055994530942);
+    return b;
+  }
+}
+
+// f(std::integral_constant<int, code>), for a code known only at run time
+template <typename F>
+GK_HD void with_term(int code, F&& f) {
+  switch (code) {
+    case kLinear: return f(std::integral_constant<int, kLinear>{});
+    case kSquare: return f(std::integral_constant<int, kSquare>{});
+    case kSquareSides: return f(std::integral_constant<int, kSquareSides>{});
+    case kHinge: return f(std::integral_constant<int, kHinge>{});
+    case kKl: return f(std::integral_constant<int, kKl>{});
+    case kReverseKl: return f(std::integral_constant<int, kReverseKl>{});
+    case kPearson: return f(std::integral_constant<int, kPearson>{});
+    case kHellinger: return f(std::integral_constant<int, kHellinger>{});
+    case kJensenShannon: return f(std::integral_constant<int, kJensenShannon>{});
+    default: return f(std::integral_constant<int, kBce>{});
+  }
+}
+
+template <typename T>
+GK_HD Term<T> term_of(int code, T a, T t) {
+  Term<T> result{};
+  with_term(code, [&](auto k) { result = term<decltype(k)::value>(a, t); });
+  return result;
 }
 
 // --- the gradient penalty of one sample, in its norm n ----------------------------------------------------------------------------

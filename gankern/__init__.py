@@ -6,11 +6,14 @@ from gankern.ops.gan_loss import GanLoss, gan_loss
 from gankern.ops.gradient_norm_penalty import NormPenalty, gradient_norm_penalty
 from gankern.ops.interpolate import interpolate
 from gankern.ops.linear_lrelu import linear_lrelu
+from gankern.ops.mlp_critic import MLPCriticLoss, mlp_critic, mlp_critic_penalty
+from gankern.ops.pairwise import minibatch_distance, minibatch_features, mmd2, pulling_away
 from gankern.regularizers import gradient_penalty
 
 __version__ = "0.1.0"
 __all__ = [
     "GanLoss",
+    "MLPCriticLoss",
     "NormPenalty",
     "__version__",
     "gan_loss",
@@ -18,6 +21,12 @@ __all__ = [
     "gradient_penalty",
     "interpolate",
     "linear_lrelu",
+    "minibatch_distance",
+    "minibatch_features",
+    "mlp_critic",
+    "mlp_critic_penalty",
+    "mmd2",
     "nn",
+    "pulling_away",
     "use_backend",
 ]

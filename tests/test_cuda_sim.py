@@ -361,8 +361,13 @@ class Case(NamedTuple):
     @property
     def words(self) -> tuple[object, ...]:
         halves = zip((self.spec.real, self.spec.fake), (self.real_targets, self.fake_targets), strict=True)
-        parts = [word for (_, weight, target), targets in halves for word in (weight, target, int(targets is not None))]
-        return (self.a.dtype, self.a.numel(), -1 if self.b is None else self.b.numel(), self.n_real, *parts, self.spec.reduction)
+        parts = [
+            word
+            for (term, weight, target), targets in halves
+            for word in (gan_loss.TERMS[term].code, weight, target, int(targets is not None))
+        ]
+        sizes = (self.a.dtype, self.a.numel(), -1 if self.b is None else self.b.numel(), self.n_real)
+        return (*sizes, *parts, self.spec.reduction, self.spec.relative)
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -381,14 +386,14 @@ class Case(NamedTuple):
 
 def make_case(
     n_real: int, n_fake: int, dtype: torch.dtype, reduction: int, *, one_vector: bool, targets: bool = False, scale: float = 3.0,
-    real: tuple[str, float, float] = ("bce", 1.0, 0.9), fake: tuple[str, float, float] = ("bce", 1.0, 0.1),
+    real: tuple[str, float, float] = ("bce", 1.0, 0.9), fake: tuple[str, float, float] = ("bce", 1.0, 0.1), relative: int = 0,
 ) -> Case:  # fmt: skip
     generator = torch.Generator().manual_seed(n_real + 7 * n_fake)
     logits = (torch.randn(n_real + n_fake, generator=generator, dtype=torch.float64) * scale).to(dtype)
     labels = torch.rand(n_real + n_fake, generator=generator, dtype=torch.float64).to(accumulate(dtype))
     a, b = (logits, None) if one_vector else (logits[:n_real], logits[n_real:])
     per_sample = (labels[:n_real], labels[n_real:]) if targets else (None, None)
-    return Case(a, b, n_real, gan_loss.Spec(real, fake, reduction), *per_sample)
+    return Case(a, b, n_real, gan_loss.Spec(real, fake, reduction, relative), *per_sample)
 
 
 def compare_loss(case: Case, launches: int = 1) -> None:
@@ -405,8 +410,12 @@ def compare_loss(case: Case, launches: int = 1) -> None:
     close(stats, want_stats, terms=n)
     g = torch.randn(want.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(acc)
     c = torch.randn(n, generator=torch.Generator().manual_seed(6), dtype=torch.float64).to(acc)
-    slopes = torch.autograd.grad(want.sum(), leaves, create_graph=True)
-    close(grad, torch.cat(slopes).detach())
+    slopes = [d + 0 * t for d, t in zip(torch.autograd.grad(want.sum(), leaves, create_graph=True), leaves, strict=True)]
+    if case.spec.relative and case.spec.reduction == 0:  # the slopes in what the terms take
+        grad = gan_loss._relative_adjoint(grad, case.n_real, case.spec.relative)
+    close(grad, torch.cat(slopes).detach(), terms=n if case.spec.relative else 1)
+    if case.spec.relative:
+        return
     g_each = g.double().expand(n)
     curved = torch.autograd.grad(torch.cat(slopes), leaves, g_each * c.double()) if n else leaves
     (out,), count = run("gan_loss", "grad2", *case.words, inputs=(*case.inputs, g, c), outputs=[((n,), acc)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gankern.losses import GANLoss
 from gankern.models import MLPDiscriminator, MLPGenerator, sample_latent
+from gankern.ops._objectives import OBJECTIVES
 from gankern.ops._philox import draw_seed, dropout_keep
+from gankern.ops.gan_loss import gan_loss
 from gankern.training import PRESETS, Ema, TrainConfig, Trainer, checkpoint, pictures
 from gankern.training.config import MAY_CHANGE
 from gankern.training.run_dir import RunDir, locate
@@ -25,6 +28,7 @@ from gankern.training.trainer import generate
 from tests.support import DEVICE
 
 SHAPE = (1, 3, 4)
+OBJECTIVES_TRAINED = typing.get_args(typing.get_type_hints(TrainConfig)["objective"])
 SMALL = TrainConfig(batch_size=6, z_dim=5, g_widths=(8, 10), d_widths=(9, 7), seed=3)
 
 
@@ -62,9 +66,11 @@ def test_loss_smooths_the_critics_labels_only() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"objective": "wgan"}, "GANLoss: objective must be one of non-saturating, minimax, got 'wgan'"),
+        ({"objective": "gan"}, f"GANLoss: objective must be one of {', '.join(OBJECTIVES)}, got 'gan'"),
         ({"real_label": 1.5}, r"GANLoss: real_label must be in \[0, 1\], got 1.5"),
         ({"fake_label": -0.1}, r"GANLoss: fake_label must be in \[0, 1\], got -0.1"),
+        ({"objective": "hinge", "generator_label": 2}, r"GANLoss: generator_label must be in \[0, 1\], got 2"),
+        ({"objective": "lsgan", "fake_label": float("inf")}, "GANLoss: fake_label must be a finite number, got inf"),
     ],
 )
 def test_loss_refuses(arguments: dict[str, Any], sentence: str) -> None:
@@ -72,7 +78,46 @@ def test_loss_refuses(arguments: dict[str, Any], sentence: str) -> None:
         GANLoss(**arguments)
 
 
+def test_least_squares_with_both_choices_of_labels() -> None:
+    real, fake = torch.tensor([0.3, -1.0, 2.0]), torch.tensor([0.5, -0.2])
+    for a, b, c in ((0, 1, 1), (-1, 1, 0)):
+        loss = GANLoss("lsgan", real_label=b, fake_label=a, generator_label=c)
+        want = 0.5 * (real - b).square().mean() + 0.5 * (fake - a).square().mean()
+        torch.testing.assert_close(loss.discriminator(real, fake).loss, want)
+        torch.testing.assert_close(loss.generator(fake).loss, 0.5 * (fake - c).square().mean())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_loss_has_every_objective(objective: str) -> None:
+    real, fake = torch.tensor([0.3, -1.0, 2.0]), torch.tensor([0.5, -0.2, 0.1])
+    loss = GANLoss(objective)
+    want = gan_loss(real, fake, objective)
+    assert loss.discriminator(real, fake).loss == want.loss
+    assert loss.discriminator_from(torch.cat([real, fake]), 3).loss == want.loss
+    assert loss.generator(fake, real).loss == gan_loss(real, fake, objective, "generator").loss
+    assert loss.relativistic == objective.startswith("relativistic")
+    if loss.relativistic:
+        with pytest.raises(ValueError, match=r"^gan_loss: real must be given for a relativistic objective, got None$"):
+            loss.generator(fake)
+
+
 # --- TrainConfig
+
+
+def test_config_has_every_objective_that_the_step_can_train() -> None:
+    """Not the relativistic ones, whose generator needs real logits, nor wgan, whose critic must be bounded."""
+    trained = {name for name, row in OBJECTIVES.items() if row.relative == "no"} - {"wgan"}
+    assert set(OBJECTIVES_TRAINED) == trained
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES_TRAINED)
+def test_three_steps_of_every_objective(objective: str) -> None:
+    t = trainer(dataclasses.replace(SMALL, objective=objective))
+    before = [p.detach().clone() for p in (*t.generator.parameters(), *t.discriminator.parameters())]
+    for seed in range(3):
+        assert all(v.isfinite() for v in t.step(reals(6, seed)).values())
+    after = [*t.generator.parameters(), *t.discriminator.parameters()]
+    assert all(p.isfinite().all() and not torch.equal(p, q) for p, q in zip(after, before, strict=True))
 
 
 def test_config_survives_json() -> None:

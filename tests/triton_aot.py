@@ -31,6 +31,9 @@ from gankern.triton import gan_loss as losses
 from gankern.triton import gradient_norm_penalty as penalties
 from gankern.triton import interpolate as mixtures
 from gankern.triton import linear_lrelu as linear
+from gankern.triton import mlp_critic as critics
+from gankern.triton import pairwise as pairs
+from gankern.triton import spectral_norm as spectral
 
 Case = tuple[str, Callable[[], object]]
 
@@ -69,10 +72,17 @@ def gan_loss_cases(sm: int) -> Iterator[Case]:
         a, c, one = torch.zeros(n, dtype=dtype), torch.zeros(n, dtype=compute), torch.ones((), dtype=compute)
         numbers = (0, 1.0, 0.9, None, 0, 1.0, 0.0, None, 1)
         tensors = (0, 1.0, 0.0, c[:half], 0, 1.0, 0.0, c[:half], 0)
-        yield name, partial(losses.gan_loss, a, None, half, *numbers)
+        yield name, partial(losses.gan_loss, a, None, half, *numbers, 0)
+        for relative in (1, 2):
+            yield f"{name} relative {relative}", partial(losses.gan_loss, a, None, half, *numbers, relative)
         yield f"{name} grad2", partial(losses.gan_loss_grad2, a, None, half, *numbers, one, c)
         if dtype == torch.float32:
-            yield f"{name} two halves", partial(losses.gan_loss, a[:half], a[half:], half, *tensors)
+            yield f"{name} two halves", partial(losses.gan_loss, a[:half], a[half:], half, *tensors, 0)
+    for code in range(1, 10):  # every other term, mixing what real and fake samples pay
+        part = (code, 1.0, 0.9, None)
+        a, one = torch.zeros(256), torch.ones(())
+        yield f"term {code}", partial(losses.gan_loss, a, None, 128, *part, *part, 1, 0)
+        yield f"term {code} grad2", partial(losses.gan_loss_grad2, a, None, 128, *part, *part, 1, one, a)
 
 
 def act_cases(sm: int) -> Iterator[Case]:
@@ -89,6 +99,18 @@ def act_cases(sm: int) -> Iterator[Case]:
         if sm == 90:
             yield name, partial(linear.linear_lrelu_act, z, None, 0.2, 0.0, None)
             yield name, partial(linear.linear_lrelu_act_grad, z, z, bits, 0.2, 0.0, False)
+
+
+def mlp_critic_cases(sm: int) -> Iterator[Case]:
+    sizes = [(192, 256), (2048, 784), (64, 300)]  # one launch, chunks of rows, a width that is not aligned
+    for dtype, (rows, columns) in itertools.product((torch.float32, torch.bfloat16), sizes if sm == 90 else sizes[:1]):
+        y, t = torch.zeros(rows, columns, dtype=dtype), torch.zeros(rows // 2, columns, dtype=dtype)
+        bits, factor = torch.zeros(rows, -(-columns // 8), dtype=torch.uint8), torch.zeros(rows // 2)
+        for p, f in ((0.3, factor), (0.0, None)) if sm == 90 else ((0.3, factor),):
+            name = f"{dtype} {rows}x{columns}{' dropout' * (p > 0)}"
+            yield name, partial(critics.mlp_critic_adjoint, y, y, bits, 0.2, p, rows // 2, f)
+            yield name, partial(critics.mlp_critic_tangent, t, y, bits, 0.2, p, rows // 2, f)
+            yield name, partial(critics.mlp_critic_seed, t, y, rows // 2, f, 10.0, 1.0, p > 0)
 
 
 def product_cases(sm: int) -> Iterator[Case]:
@@ -123,6 +145,32 @@ def penalty_cases(sm: int) -> Iterator[Case]:
             yield f"{name} {target:g}", partial(penalties.gradient_norm_penalty_grad, one, x, each, target, one_sided, 10.0)
 
 
+def pairwise_cases(sm: int) -> Iterator[Case]:
+    shapes = [(64, 50, 5), (64, 8, 3), (64, 10, 40)]
+    for dtype, shape in itertools.product((torch.float32, torch.bfloat16, torch.float64), shapes if sm == 90 else shapes[:1]):
+        m, g, name = torch.zeros(shape, dtype=dtype), torch.zeros(shape[:2], dtype=dtype), f"{dtype} {shape}"
+        yield name, partial(pairs.pairwise_features, m)
+        yield name, partial(pairs.pairwise_features_grad, g, m)
+        yield f"{name} second", partial(pairs.pairwise_features_grad2, m, g, m)
+    for dtype, columns in itertools.product((torch.float32, torch.float64), (64, 4096) if sm == 90 else (4096,)):
+        gram, sq = torch.zeros(128, columns, dtype=dtype), torch.zeros(columns, dtype=dtype)
+        for gammas in ([0.5, 0.125, 0.03125, 0.0078125, 0.001953125], [0.5]):
+            name = f"{dtype} {columns} columns, {len(gammas)} widths"
+            yield name, partial(pairs.pairwise_gram_, gram, sq.new_zeros(128), sq, gammas, len(gammas) == 1)
+
+
+def spectral_norm_cases(sm: int) -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64) if sm == 90 else (torch.float32,):
+        weights, u, v = (
+            [torch.zeros(*s, dtype=dtype) for s in ss] for ss in (((256, 784), (64, 32, 4, 4)), ((256,), (32,)), ((784,), (1024,)))
+        )
+        dims, offsets = [0, 1], [0, 1041]
+        state = torch.zeros(offsets[1] + 32 + 1024 + 1, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        for iterations in (0, 2):
+            yield f"{dtype} {iterations}", partial(spectral.spectral_norm, weights, u, v, dims, iterations, 1e-12)
+        yield f"{dtype}", partial(spectral.spectral_norm_grad, weights, weights, state, offsets, dims)
+
+
 def usage(cubin: bytes) -> dict[str, int]:
     """Registers, stack and local memory, from the compiled code itself. A spilled register lives on the stack."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -147,7 +195,8 @@ def main(architectures: list[int]) -> None:
     print(json.dumps(sorted(names.values())))
     for sm in architectures:
         triton.runtime.driver.set_active(Architecture(sm))
-        for case, launch in itertools.chain(gan_loss_cases(sm), act_cases(sm), product_cases(sm), penalty_cases(sm)):
+        cases = (gan_loss_cases, act_cases, product_cases, penalty_cases, pairwise_cases, spectral_norm_cases, mlp_critic_cases)
+        for case, launch in itertools.chain.from_iterable(make(sm) for make in cases):
             launch()
             for name, kernel in compiled:
                 row = {"kernel": name, "case": case, "sm": sm, **usage(kernel.asm["cubin"]), "shared": kernel.metadata.shared}

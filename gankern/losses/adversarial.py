@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from gankern import checks
@@ -13,25 +15,36 @@ class GANLoss(nn.Module):
     """What critic and generator minimise. Each method returns `GanLoss`: `loss`, and detached `d_real`, `d_fake`, `accuracy`.
 
     Args:
-        objective: "non-saturating" or "minimax", as in `gankern.gan_loss`.
+        objective: a row of the table of `gankern.gan_loss`, which has the formulas, their sources and the expected equilibrium
+            values: "non-saturating", "minimax", "maximum-likelihood", "lsgan", "hinge", "wgan", "fgan-..." or "relativistic...".
         real_label: the critic's target for real samples, in [0, 1]; 0.9 is one-sided label smoothing.
         fake_label: the critic's target for fake samples, in [0, 1].
+        generator_label: the generator's target for fake samples, in [0, 1].
 
-    The labels are the critic's alone: the generator always aims at D(G(z)) = 1 (Salimans et al. 2016, section 3.4, smooth
-    nothing but the critic's positive targets).
+    The labels of the critic are its alone: by default the generator aims at real samples' 1 (Salimans et al. 2016, section 3.4,
+    smooth nothing but the critic's positive targets). For "lsgan" the labels fake_label, real_label and generator_label are the a,
+    b and c of Mao et al. 2017, any finite numbers: (0, 1, 1) by default, (-1, 1, 0) minimises the Pearson divergence.
 
     Raises:
         ValueError, TypeError: an argument out of its range.
     """
 
-    def __init__(self, objective: str = "non-saturating", real_label: float = 1.0, fake_label: float = 0.0) -> None:
+    def __init__(
+        self, objective: str = "non-saturating", real_label: float = 1.0, fake_label: float = 0.0, generator_label: float = 1.0
+    ) -> None:
         super().__init__()
         checks.one_of("GANLoss", "objective", objective, OBJECTIVES)
-        checks.number("GANLoss", "real_label", real_label, 0.0, 1.0)
-        checks.number("GANLoss", "fake_label", fake_label, 0.0, 1.0)
+        low, high = (-math.inf, math.inf) if objective == "lsgan" else (0.0, 1.0)
+        labels = {"real_label": real_label, "fake_label": fake_label, "generator_label": generator_label}
+        for name, value in labels.items():
+            checks.number("GANLoss", name, value, low, high)
         self.objective = objective
-        self.real_label = float(real_label)
-        self.fake_label = float(fake_label)
+        self.real_label, self.fake_label, self.generator_label = map(float, labels.values())
+
+    @property
+    def relativistic(self) -> bool:
+        """Whether `generator` needs the real logits too."""
+        return OBJECTIVES[self.objective].relative != "no"
 
     def discriminator(self, real: Tensor, fake: Tensor) -> GanLoss:
         """The critic's loss from its logits of real and of fake samples, any shapes."""
@@ -42,8 +55,12 @@ class GANLoss(nn.Module):
         return gan_loss(logits, None, self.objective, n_real=n_real, real_label=self.real_label, fake_label=self.fake_label)
 
     def generator(self, fake: Tensor, real: Tensor | None = None) -> GanLoss:
-        """The generator's loss from the critic's logits of fake samples; `real` logits only enter the statistics."""
-        return gan_loss(real, fake, self.objective, "generator")
+        """The generator's loss from the critic's logits of fake samples.
+
+        `real` logits only enter the statistics; a relativistic objective needs them (ValueError without).
+        """
+        return gan_loss(real, fake, self.objective, "generator", real_label=self.generator_label)
 
     def extra_repr(self) -> str:
-        return f"{self.objective!r}, real_label={self.real_label:g}, fake_label={self.fake_label:g}"
+        labels = f"real_label={self.real_label:g}, fake_label={self.fake_label:g}, generator_label={self.generator_label:g}"
+        return f"{self.objective!r}, {labels}"

@@ -1,5 +1,18 @@
 """Drop-in modules: PyTorch's parameter names and initialisation, gankern's kernels."""
 
 from gankern.nn.linear import LinearLeakyReLU
+from gankern.nn.minibatch import MinibatchDiscrimination, MinibatchDistance
+from gankern.nn.mlp_critic import MLPCritic, MLPLayers, mlp_layers, mlp_problem
+from gankern.nn.spectral_norm import spectral_norm, spectral_norm_
 
-__all__ = ["LinearLeakyReLU"]
+__all__ = [
+    "LinearLeakyReLU",
+    "MLPCritic",
+    "MLPLayers",
+    "MinibatchDiscrimination",
+    "MinibatchDistance",
+    "mlp_layers",
+    "mlp_problem",
+    "spectral_norm",
+    "spectral_norm_",
+]

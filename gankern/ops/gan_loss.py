@@ -3,17 +3,19 @@
 An objective is a row of OBJECTIVES (`_objectives.py`): which term each half pays. A term is a functor with value, slope and
 curvature in the logit a and its target t, written in TERMS (plain PyTorch), in csrc/math.h (host and device) and in Triton.
 The forward kernel already computes the gradient, so the backward pass is one product. Derivatives: any order
-(order 2, which unrolled GANs need, has a kernel of its own; beyond it the plain formulas run).
+(order 2, which unrolled GANs need, has a kernel of its own; beyond it, and for relativistic objectives, the plain formulas run).
 
 Kernels, same names and tensors in `torch.ops.gankern` (csrc/gan_loss.*) and `gankern.triton.gan_loss`:
     gan_loss(a, b | None, n_real, term_real, weight_real, target_real, targets_real | None, term_fake, weight_fake, target_fake,
-             targets_fake | None, reduction) -> loss, stats [3], grad_a, grad_b
+             targets_fake | None, reduction, relative) -> loss, stats [3], grad_a, grad_b
     gan_loss_grad2(a, b | None, n_real, <the same eight>, reduction, g, c [N]) -> [N]
 Contiguous. b None: the first n_real entries of a are the real half, the rest the fake half; else a is real and b is fake.
-reduction: 0 none (loss is [N]), 1 mean of each half, then their sum, 2 sum. Everything returned is in the accumulation dtype:
-float64 for float64 logits, else float32. grad is d loss / d logit; stats are mean sigmoid(real), mean sigmoid(fake) and the
-share of logits on the right side of 0, NaN where there is no logit. A half of weight 0 pays nothing. grad2 is
-g * c * curvature, scaled as grad.
+reduction: 0 none (loss is [N]), 1 mean of each half, then their sum, 2 sum. relative: what the terms take; 0 the logits, 1 each
+logit minus its partner in the other half, of as many logits, 2 minus the mean of the other half. Everything returned is in the
+accumulation dtype: float64 for float64 logits, else float32. grad is d loss / d logit, through partners and means too; only with
+reduction 0 it is the slope of each loss in what its term takes. stats, of the logits themselves, are mean sigmoid(real), mean
+sigmoid(fake) and the share of logits on the right side of 0, NaN where there is no logit. A half of weight 0 pays nothing. grad2
+is g * c * curvature, scaled as grad, for relative 0.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from torch.autograd.graph import _engine_run_backward
 
 from gankern import backend, checks
 from gankern.ops._function import apply
-from gankern.ops._objectives import NOTHING, OBJECTIVES, REDUCTIONS, SIDES, TERMS, Label, Spec
+from gankern.ops._objectives import NOTHING, OBJECTIVES, REDUCTIONS, RELATIVE, SIDES, TERMS, Label, Part, Spec
 
 OP = "gan_loss"
 
@@ -86,7 +88,9 @@ class GanLoss:
             return
         pending.check_unchanged()
         if pending.done:
-            raise RuntimeError(f"{OP}: backward must be called once (else: loss.backward(retain_graph=True)), got a second call")
+            raise RuntimeError(
+                f"{OP}: backward must be called once (a second time: loss.backward(retain_graph=True)), got two calls"
+            )
         pending.done = True
         a, b = pending.a, pending.b
         da, db = (g if g.dtype == a.dtype else g.to(a.dtype) for g in pending.grads)
@@ -148,13 +152,16 @@ def _reference(
     a: Tensor, b: Tensor | None, n_real: int, real_targets: Tensor | None, fake_targets: Tensor | None, spec: Spec
 ) -> tuple[Tensor, Tensor]:
     logits = _one_vector(a, b).to(_accumulate(a.dtype))
-    halves, losses = (logits[:n_real], logits[n_real:]), []
-    for half, targets, (term, weight, target) in zip(halves, (real_targets, fake_targets), (spec.real, spec.fake), strict=True):
+    x, losses = _relative(logits, n_real, spec.relative), []
+    for half, targets, (term, weight, target) in zip(
+        (x[:n_real], x[n_real:]), (real_targets, fake_targets), (spec.real, spec.fake), strict=True
+    ):
         value = weight * TERMS[term].value(half, target if targets is None else targets) if weight else torch.zeros_like(half)
         losses.append(value.mean() if spec.reduction == 1 and weight else value if spec.reduction == 0 else value.sum())
     with torch.no_grad():
-        right = torch.cat([halves[0] > 0, halves[1] <= 0]).to(logits.dtype)
-        stats = torch.stack([torch.sigmoid(halves[0]).mean(), torch.sigmoid(halves[1]).mean(), right.mean()])
+        real, fake = logits[:n_real], logits[n_real:]
+        right = torch.cat([real > 0, fake <= 0]).to(logits.dtype)
+        stats = torch.stack([torch.sigmoid(real).mean(), torch.sigmoid(fake).mean(), right.mean()])
     return torch.cat(losses) if spec.reduction == 0 else losses[0] + losses[1], stats
 
 
@@ -171,22 +178,55 @@ def gan_loss(
 ) -> GanLoss:
     """A GAN objective over the critic's raw scores (logits) of real and fake samples.
 
-    With sp = softplus, a_r and a_f the logits, and labels 1 and 0:
-        discriminator: mean sp(-a_r) + mean sp(a_f); 2 log 2 when D cannot tell them apart.
-        generator, "non-saturating": mean sp(-a_f); log 2 there. "minimax": -mean sp(a_f); -log 2 there.
+    With a_r and a_f the logits, sp = softplus, a line the mean of a half and labels 1 and 0 (lsgan: b, a):
 
-    Stable for any finite logit; computed in float32 for 16-bit logits. Differentiable to any order in the logits.
+        objective                    critic minimises                       generator minimises      equal halves
+        non-saturating               sp(-a_r) + sp(a_f)                     sp(-a_f)                 2 log 2, log 2
+        minimax                      the same                               -sp(a_f)                 2 log 2, -log 2
+        maximum-likelihood           the same                               -exp(a_f)                2 log 2, -1
+        lsgan                        (a_r - b)^2/2 + (a_f - a)^2/2          (a_f - c)^2/2            1/4, 1/8 at a = 1/2
+        hinge                        max(0, 1 - a_r) + max(0, 1 + a_f)      -a_f                     2, 0
+        wgan                         a_f - a_r                              -a_f                     0, any
+        fgan-kl                      -a_r + exp(a_f - 1)                    -exp(a_f - 1)            0, -1 at a = 1
+        fgan-reverse-kl              exp(-a_r) + a_f - 1                    1 - a_f                  0, 1
+        fgan-pearson                 -a_r + a_f^2/4 + a_f                   -a_f^2/4 - a_f           0, 0
+        fgan-hellinger               exp(-a_r) - 1 + exp(a_f) - 1           1 - exp(a_f)             0, 0
+        fgan-jensen-shannon          sp(-a_r) + sp(a_f) - 2 log 2           log 2 - sp(a_f)          0, 0
+        fgan-gan                     sp(-a_r) + sp(a_f)                     -sp(a_f)                 2 log 2, -log 2
+        fgan-...-alternative         as fgan-...                            what a_r pays, at a_f    see below
+        relativistic                 sp(-(a_r - a_f)), pair by pair         sp(-(a_f - a_r))         log 2, log 2
+        relativistic-lsgan           (a_r - a_f - 1)^2/2                    (a_f - a_r - 1)^2/2      1/2, 1/2
+        relativistic-hinge           max(0, 1 - (a_r - a_f))                max(0, 1 - (a_f - a_r))  1, 1
+        relativistic-average         sp(-x_r) + sp(x_f)                     sp(x_r) + sp(-x_f)       2 log 2, 2 log 2
+        relativistic-average-lsgan   (x_r - 1)^2/2 + (x_f + 1)^2/2          (x_r + 1)^2/2 + (x_f - 1)^2/2      1, 1
+        relativistic-average-hinge   max(0, 1 - x_r) + max(0, 1 + x_f)      max(0, 1 + x_r) + max(0, 1 - x_f)  2, 2
+
+    The last column is the expected equilibrium value of critic and generator: the best critic where both halves have one law, its
+    logits all 0 but where the row says other. The f-GAN rows are -(g(a_r) - f*(g(a_f))), with g the output activation and f* the
+    conjugate: the critic's loss is minus a lower bound of the divergence (fgan-jensen-shannon: in its sum form, twice the usual
+    one). Their generators minimise -f*(g(a_f)), the "-alternative" ones -g(a_f): -1, 1, 0, 0, 0, log 2 at equilibrium. x_r = a_r
+    minus the mean of a_f and x_f = a_f minus the mean of a_r; gradients pass through the means. Pairs need as many real as fake
+    logits. The general relativistic f1(a_r - a_f) + f2(a_f - a_r) has f2(-y) = f1(y) for these three: one of the two is paid.
+    Nothing here clips weights or penalises gradients, which wgan needs.
+
+    Finite, with its gradient, for any logit up to 1e4 in size; computed in float32 for 16-bit logits. For that exp(x), in
+    maximum-likelihood (x = a - 1), fgan-kl, fgan-reverse-kl and fgan-hellinger, is continued beyond x = 30 by its tangent
+    exp(30) (1 + x - 30), of curvature 0; a gradient beyond 65504 is infinite in float16 alone. Differentiable to any order in the
+    logits.
 
     Args:
         real: logits of real samples, any shape (each element is one logit), or None: that half then pays nothing.
         fake: logits of generated samples, any shape; same dtype and device; or None (on the discriminator's side), likewise.
-        objective: "non-saturating" or "minimax".
-        side: "discriminator" or "generator"; on the generator's side the real half, if given, only enters the statistics.
+        objective: a name of the table.
+        side: "discriminator" or "generator"; on the generator's side the real half, if given, only enters the statistics, but
+            for relativistic objectives, which need both halves on both sides.
         n_real: give it to pass both halves as ONE vector of logits, as one pass through the critic makes them:
             `gan_loss(logits, n_real=64)`; the first n_real elements are the real half.
-        real_label: target of real samples (0.9: one-sided label smoothing), a number or a tensor with one value a logit.
-            The non-saturating generator's target too.
-        fake_label: target of fake samples, likewise.
+        real_label: target of real samples (0.9: one-sided label smoothing), a number or a tensor with one value a logit. A logit
+            of target t pays t times what the table says of a real one and 1 - t times what it says of a fake one; lsgan: b.
+            Also the target of fake logits where the generator aims at real ones; lsgan: c, so that (a, b, c) = (-1, 1, 0) is
+            `fake_label=-1` for the critic and `real_label=0` for the generator.
+        fake_label: target of fake samples, likewise; lsgan: a.
         reduction: "mean" (of each half, then their sum), "sum", or "none": one loss a logit, real ones first, [N].
 
     Returns:
@@ -197,8 +237,11 @@ def gan_loss(
         TypeError: a dtype that is not supported or differs.
         RuntimeError: a backend was forced that cannot run here.
 
-    Source: Goodfellow et al., "Generative adversarial nets", NeurIPS 2014, eq. 1; Salimans et al., "Improved techniques for
-    training GANs", NeurIPS 2016, section 3.4 (label smoothing).
+    Sources: Goodfellow et al., "Generative adversarial nets", NeurIPS 2014, eq. 1; Salimans et al., "Improved techniques for
+    training GANs", NeurIPS 2016, section 3.4 (label smoothing); Goodfellow, "NIPS 2016 tutorial", section 3.2.4 (maximum
+    likelihood); Mao et al., "Least squares GANs", ICCV 2017; Lim and Ye, "Geometric GAN", 2017 (hinge); Arjovsky et al.,
+    "Wasserstein GAN", ICML 2017; Nowozin et al., "f-GAN", NeurIPS 2016, table 2 and section 3.2; Jolicoeur-Martineau, "The
+    relativistic discriminator", ICLR 2019.
     """
     _check_logits(real, fake, n_real)
     no_fake = fake is None and n_real is None
@@ -218,8 +261,9 @@ def gan_loss(
                 _specs.clear()
             _specs[key] = spec
         else:
-            fake_name = "fake" if side == "discriminator" else OBJECTIVES[objective].generator.label
-            _check_targets(a, b, n, targets, f"{fake_name}_label")
+            _check_targets(a, b, n, targets, _parts(objective, side))
+    if spec.relative:
+        _check_relative(a, b, n, spec, _given(real, fake, n_real))
     name = backend.forced()
     name = _choose(a) if name is None else backend.require(OP, name, a.device.type)
     if name == "reference":
@@ -238,7 +282,8 @@ _specs: dict[Any, Spec] = {}  # settings that have passed the checks
 
 
 def _run(a: Tensor, b: Tensor | None, n_real: int, rt: Tensor | None, ft: Tensor | None, spec: Spec, name: str) -> Any:
-    return _kernels(name).gan_loss(a.contiguous(), None if b is None else b.contiguous(), n_real, *spec.arguments(rt, ft))
+    arguments = spec.arguments(rt, ft)
+    return _kernels(name).gan_loss(a.contiguous(), None if b is None else b.contiguous(), n_real, *arguments, spec.relative)
 
 
 def _choose(a: Tensor) -> str:
@@ -269,16 +314,25 @@ def _given(real: Tensor | None, fake: Tensor | None, n_real: int | None) -> tupl
 def _specify(
     a: Tensor, given: tuple[bool, bool], objective: str, side: str, real_label: Label, fake_label: Label, reduction: str
 ) -> tuple[Spec, Tensor | None, Tensor | None]:
-    row = OBJECTIVES[objective]
-    parts = (row.real, row.fake) if side == "discriminator" else (None, row.generator)
     specs: list[tuple[str, float, float]] = []
     targets: list[Tensor | None] = []
-    for part in (part if there else None for part, there in zip(parts, given, strict=True)):
-        label = 0.0 if part is None else real_label if part.label == "real" else fake_label
+    for part in (part if there else None for part, there in zip(_parts(objective, side), given, strict=True)):
+        label = 0.0 if part is None else {"real": real_label, "fake": fake_label}.get(str(part.label), part.label)
         is_tensor = isinstance(label, Tensor)
         targets.append(label.to(_accumulate(a.dtype)).flatten().contiguous() if isinstance(label, Tensor) else None)
         specs.append(NOTHING if part is None else (part.term, part.weight, 0.0 if is_tensor else float(label)))
-    return Spec(specs[0], specs[1], REDUCTIONS.index(reduction)), targets[0], targets[1]
+    relative = RELATIVE.index(OBJECTIVES[objective].relative)
+    return Spec(specs[0], specs[1], REDUCTIONS.index(reduction), relative), targets[0], targets[1]
+
+
+def _parts(objective: str, side: str) -> tuple[Part | None, Part | None]:
+    """What the real and the fake half pay."""
+    row = OBJECTIVES[objective]
+    return (row.real, row.fake) if side == "discriminator" else (row.generator_real, row.generator)
+
+
+def _count(a: Tensor, b: Tensor | None) -> int:
+    return a.numel() + (0 if b is None else b.numel())
 
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:
@@ -315,10 +369,20 @@ def _check_settings(no_fake: bool, objective: str, side: str, real_label: Any, f
         checks.fail(ValueError, OP, "fake", "be given on the generator's side", None)
 
 
-def _check_targets(a: Tensor, b: Tensor | None, n_real: int, targets: _Targets, fake_name: str) -> None:
-    n_fake = a.numel() - n_real if b is None else b.numel()
-    for argument, value, count in (("real_label", targets[0], n_real), (fake_name, targets[1], n_fake)):
+def _check_relative(a: Tensor, b: Tensor | None, n_real: int, spec: Spec, given: tuple[bool, bool]) -> None:
+    for argument, there in zip(("real", "fake"), given, strict=True):
+        if not there:
+            checks.fail(ValueError, OP, argument, "be given for a relativistic objective", None)
+    n_fake = _count(a, b) - n_real
+    if RELATIVE[spec.relative] == "pair" and n_fake != n_real:
+        checks.fail(ValueError, OP, "fake", f"have as many logits as real, {n_real}, to pair with", n_fake)
+
+
+def _check_targets(a: Tensor, b: Tensor | None, n_real: int, targets: _Targets, parts: tuple[Part | None, Part | None]) -> None:
+    for part, value, count in zip(parts, targets, (n_real, _count(a, b) - n_real), strict=True):
         if value is not None:
+            assert part is not None
+            argument = f"{part.label}_label"
             if value.numel() != count:
                 checks.fail(ValueError, OP, argument, f"have one value for each of {count} logits", value.numel())
             checks.same_device(OP, argument, value, a.device)
@@ -355,7 +419,7 @@ class _Loss(Function):
         if torch.is_grad_enabled():
             da, db = apply(_LossGrad, g, a, b, ga, gb, rt, ft, ctx.n_real, ctx.spec, ctx.name)
         else:
-            da, db = _times(g, ga, gb, a, b)
+            da, db = _times(g, ga, gb, a, b, ctx.n_real, ctx.spec)
         return da, db, None, None, None, None, None, None
 
     @staticmethod
@@ -379,7 +443,7 @@ class _LossGrad(Function):
         spec: Spec,
         name: str,
     ) -> Any:
-        return _times(g, ga, gb, a, b)
+        return _times(g, ga, gb, a, b, n_real, spec)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -395,19 +459,18 @@ class _LossGrad(Function):
     def backward(ctx: Any, ca: Tensor, cb: Tensor | None) -> Any:
         g, a, b, ga, gb, rt, ft = ctx.saved_tensors
         spec, n_real = ctx.spec, ctx.n_real
-        c = _one_vector(ca, cb).to(ga.dtype)
+        c = _one_vector(ca, cb).to(ga.dtype).contiguous()
         wants_dg = ctx.needs_input_grad[0]  # g is often the root's plain 1
         dg = None
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or spec.relative:
             slope, curvature = _slope_and_curvature(a, b, n_real, rt, ft, spec)
-            d = g * c * curvature
+            c = _relative(c, n_real, spec.relative)
+            d = _relative_adjoint(g * c * curvature, n_real, spec.relative)
             if wants_dg:
                 dg = c * slope
         else:
             b_or_none = None if b is None else b.contiguous()
-            d = _kernels(ctx.name).gan_loss_grad2(
-                a.contiguous(), b_or_none, n_real, *spec.arguments(rt, ft), g.contiguous(), c.contiguous()
-            )
+            d = _kernels(ctx.name).gan_loss_grad2(a.contiguous(), b_or_none, n_real, *spec.arguments(rt, ft), g.contiguous(), c)
             if wants_dg:
                 dg = c * (ga.flatten() if b is None else _one_vector(ga, gb))
         da, db = _scatter(d, a, b)
@@ -440,18 +503,35 @@ def _scatter(d: Tensor, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | N
     return real.reshape(a.shape), fake.reshape(b.shape)
 
 
-def _times(g: Tensor, ga: Tensor, gb: Tensor, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _relative(v: Tensor, n_real: int, relative: int) -> Tensor:
+    """What the terms take, [N], from one value a logit, [N]."""
+    real, fake = v[:n_real], v[n_real:]
+    if relative == 1:
+        return torch.cat([real - fake, fake - real])
+    return torch.cat([real - fake.mean(), fake - real.mean()]) if relative else v
+
+
+def _relative_adjoint(v: Tensor, n_real: int, relative: int) -> Tensor:
+    """The transpose of `_relative`: from gradients in what the terms take to gradients in the logits."""
+    if relative == 2:
+        real, fake = v[:n_real], v[n_real:]
+        return torch.cat([real - fake.sum() / max(real.numel(), 1), fake - real.sum() / max(fake.numel(), 1)])
+    return _relative(v, n_real, relative)
+
+
+def _times(g: Tensor, ga: Tensor, gb: Tensor, a: Tensor, b: Tensor | None, n_real: int, spec: Spec) -> tuple[Tensor, Tensor | None]:
     """g, a number or one a logit, times the gradient of each half, in the dtype of the logits."""
     if g.dim() > 0:
-        return _scatter(g * _one_vector(ga, None if b is None else gb), a, b)
+        slopes = g * _one_vector(ga, None if b is None else gb)
+        return _scatter(_relative_adjoint(slopes, n_real, spec.relative), a, b)
     return (g * ga).to(a.dtype), None if b is None else (g * gb).to(a.dtype)
 
 
 def _slope_and_curvature(
     a: Tensor, b: Tensor | None, n_real: int, rt: Tensor | None, ft: Tensor | None, spec: Spec
 ) -> tuple[Tensor, Tensor]:
-    """Of each logit, scaled by weight and reduction, as differentiable formulas."""
-    logits = _one_vector(a, b).to(_accumulate(a.dtype))
+    """Of each term in what it takes, scaled by weight and reduction, as differentiable formulas."""
+    logits = _relative(_one_vector(a, b).to(_accumulate(a.dtype)), n_real, spec.relative)
     slopes, curvatures = [], []
     for half, targets, (term, weight, target) in zip(
         (logits[:n_real], logits[n_real:]), (rt, ft), (spec.real, spec.fake), strict=True
@@ -479,6 +559,7 @@ if not backend.CPU_PROBLEM:
         target_fake: float,
         targets_fake: Tensor | None,
         reduction: int,
+        relative: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         n, acc = a.numel() + (0 if b is None else b.numel()), _accumulate(a.dtype)
         ga, gb = a.new_empty(a.shape, dtype=acc), a.new_empty(0 if b is None else b.shape, dtype=acc)

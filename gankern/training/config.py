@@ -57,8 +57,26 @@ class TrainConfig:
     limit: int = 0
     """Use only the first so many images. 0: all."""
 
-    objective: Literal["non-saturating", "minimax"] = "non-saturating"
-    """What the generator minimises: -log D(G(z)), or log(1 - D(G(z)))."""
+    objective: Literal[
+        "non-saturating",
+        "minimax",
+        "maximum-likelihood",
+        "lsgan",
+        "hinge",
+        "fgan-kl",
+        "fgan-reverse-kl",
+        "fgan-pearson",
+        "fgan-hellinger",
+        "fgan-jensen-shannon",
+        "fgan-gan",
+        "fgan-kl-alternative",
+        "fgan-reverse-kl-alternative",
+        "fgan-pearson-alternative",
+        "fgan-hellinger-alternative",
+        "fgan-jensen-shannon-alternative",
+        "fgan-gan-alternative",
+    ] = "non-saturating"
+    """What critic and generator minimise, a row of the table of gankern.gan_loss; non-saturating: the generator -log D(G(z))."""
     real_label: float = 1.0
     """The discriminator's target for real images; 0.9 is one-sided label smoothing."""
     fake_label: float = 0.0

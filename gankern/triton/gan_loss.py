@@ -1,4 +1,5 @@
-"""gan_loss: logits [N], their loss, gradient [N] and three statistics; one program up to ONE_PROGRAM logits, two launches beyond.
+"""gan_loss: logits [N], their loss, gradient [N] and three statistics; one program up to ONE_PROGRAM logits, two launches beyond
+(relative to averages: PyTorch's own kernels for the means before and their share of the gradient after).
 
 Contract in gankern/ops/gan_loss.py. Terms, weights and the reduction are compiled in; targets are run-time doubles, so that an
 annealed label does not compile anew at each step.
@@ -29,14 +30,101 @@ def _log1p_unit(u):
     return 2.0 * (s + s * q * p)
 
 
+EXP_LIMIT = tl.constexpr(30.0)
+
+
 @triton.jit
-def _term(a, t, CODE: tl.constexpr):
-    """Value, slope, curvature and sigmoid at logit a, target t; CODE as in gankern/ops/gan_loss.py."""
+def _sigmoid(a):
     e = tl.exp(-tl.abs(a))
     q = 1.0 / (1.0 + e)
-    sigmoid = tl.where(a >= 0, q, e * q)
-    tl.static_assert(CODE == 0, "unknown term")  # 0: binary cross entropy, softplus(a) - t a
-    return tl.maximum(a, 0.0) - t * a + _log1p_unit(e), sigmoid - t, e * q * q, sigmoid
+    return tl.where(a >= 0, q, e * q)
+
+
+@triton.jit
+def _mix(t, real, fake):
+    """t * real + (1 - t) * fake, where a share of 0 leaves out even what is infinite."""
+    return tl.where(t != 0, t * real, 0.0) + tl.where(t != 1, (1.0 - t) * fake, 0.0)
+
+
+@triton.jit
+def _exp(x):
+    """Value, slope and curvature of exp(x), continued beyond EXP_LIMIT by its tangent."""
+    over = x > EXP_LIMIT
+    e = tl.exp(tl.where(over, EXP_LIMIT, x))
+    return tl.where(over, e * (1.0 + (x - EXP_LIMIT)), e), e, tl.where(over, 0.0, e)
+
+
+@triton.jit
+def _margin(v):
+    """max(0, v) and its slope; NaN passes."""
+    return tl.where(v <= 0, 0.0, v), tl.where(v <= 0, tl.zeros_like(v), tl.zeros_like(v) + 1.0)
+
+
+@triton.jit
+def _term(a, t, CODE: tl.constexpr):
+    """Value, slope and curvature at logit a, target t; formulas and CODE as in gankern/ops/_objectives.py."""
+    tl.static_assert(CODE <= 9, "unknown term")
+    zero = tl.zeros_like(a)
+    one = zero + 1.0
+    if CODE == 0 or CODE == 9:  # cross entropy, softplus(a) - t a; Jensen-Shannon: minus log 2
+        e = tl.exp(-tl.abs(a))
+        q = 1.0 / (1.0 + e)
+        value = tl.maximum(a, 0.0) - t * a + _log1p_unit(e)
+        if CODE == 9:
+            value = value - 0.6931471805599453
+        slope = tl.where(a >= 0, q, e * q) - t
+        curvature = e * q * q
+    elif CODE == 1:  # linear
+        slope = zero + (1.0 - 2.0 * t)
+        value = slope * a
+        curvature = zero
+    elif CODE == 2:  # square
+        value = 0.5 * (a - t) * (a - t)
+        slope = a - t
+        curvature = one
+    elif CODE == 3:  # square-sides
+        value = _mix(t, 0.5 * (a - 1.0) * (a - 1.0), 0.5 * (a + 1.0) * (a + 1.0))
+        slope = a - (2.0 * t - 1.0)
+        curvature = one
+    elif CODE == 4:  # hinge
+        real, real_slope = _margin(1.0 - a)
+        fake, fake_slope = _margin(1.0 + a)
+        value = _mix(t, real, fake)
+        slope = _mix(t, -real_slope, fake_slope)
+        curvature = zero
+    elif CODE == 5:  # kl
+        v, d, h = _exp(a - 1.0)
+        value = _mix(t, -a, v)
+        slope = _mix(t, -one, d)
+        curvature = _mix(t, zero, h)
+    elif CODE == 6:  # reverse-kl
+        v, d, h = _exp(-a)
+        value = _mix(t, v, a - 1.0)
+        slope = _mix(t, -d, one)
+        curvature = _mix(t, h, zero)
+    elif CODE == 7:  # pearson
+        value = _mix(t, -a, a * (0.25 * a + 1.0))
+        slope = _mix(t, -one, 0.5 * a + 1.0)
+        curvature = _mix(t, zero, 0.5 * one)
+    else:  # 8, hellinger
+        v, d, h = _exp(-a)
+        w, dw, hw = _exp(a)
+        value = _mix(t, v - 1.0, w - 1.0)
+        slope = _mix(t, -d, dw)
+        curvature = _mix(t, h, hw)
+    return value, slope, curvature
+
+
+@triton.jit
+def _loss_term(x, t, inside, WEIGHT: tl.constexpr, CODE: tl.constexpr):
+    """Value and slope of a half's term, 0 outside it; one that pays nothing is left out, not multiplied by 0: it may be inf."""
+    value = tl.zeros_like(x)
+    slope = tl.zeros_like(x)
+    if WEIGHT != 0:
+        v, d, _ = _term(x, t, CODE)
+        value = tl.where(inside, v, 0.0)
+        slope = tl.where(inside, d, 0.0)
+    return value, slope
 
 
 @triton.jit
@@ -97,6 +185,8 @@ def _loss_kernel(
     grad_real_ptr,
     grad_fake_ptr,
     partial_ptr,
+    mean_real_ptr,
+    mean_fake_ptr,
     n_real,
     n,
     target_real: tl.float64,
@@ -106,22 +196,49 @@ def _loss_kernel(
     TERM_F: tl.constexpr,
     W_F: tl.constexpr,
     REDUCTION: tl.constexpr,
+    RELATIVE: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Program p takes the logits from p * SIZE on; partial [programs, 8] receives its five sums, or is None: one program is all."""
+    """Program p takes the logits from p * SIZE on; partial [programs, 8] receives its seven sums, or is None: one program is all.
+
+    mean_*_ptr: the means of the halves, when there are several programs and RELATIVE is 2.
+    """
     COMPUTE: tl.constexpr = grad_real_ptr.dtype.element_ty
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = i < n
     real = inside & (i < n_real)
     fake = inside & (i >= n_real)
     a = _logits(a_ptr, b_ptr, i, inside, n_real, COMPUTE)
-    value_r, slope_r, _, sigmoid = _term(a, _targets(tr_ptr, target_real, i, real, a), TERM_R)
-    value_f, slope_f, _, _ = _term(a, _targets(tf_ptr, target_fake, i - n_real, fake, a), TERM_F)
-    # a term that pays nothing is left out, not multiplied by 0: its value may be infinite
-    value_r = tl.where(real, value_r, 0.0) if W_R != 0 else tl.zeros_like(a)
-    value_f = tl.where(fake, value_f, 0.0) if W_F != 0 else tl.zeros_like(a)
-    slope_r = slope_r * _scale(a, n_real, W_R, REDUCTION) if W_R != 0 else tl.zeros_like(a)
-    slope_f = slope_f * _scale(a, n - n_real, W_F, REDUCTION) if W_F != 0 else tl.zeros_like(a)
+    sigmoid = _sigmoid(a)
+    t_r = _targets(tr_ptr, target_real, i, real, a)
+    t_f = _targets(tf_ptr, target_fake, i - n_real, fake, a)
+    scale_r = _scale(a, n_real, W_R, REDUCTION)
+    scale_f = _scale(a, n - n_real, W_F, REDUCTION)
+    x = a
+    if RELATIVE == 1:
+        x = a - _logits(a_ptr, b_ptr, tl.where(i < n_real, i + n_real, i - n_real), inside, n_real, COMPUTE)
+    if RELATIVE == 2:
+        if mean_real_ptr is None:
+            mean_r = _mean(tl.sum(tl.where(real, a, 0.0), axis=0), n_real)
+            mean_f = _mean(tl.sum(tl.where(fake, a, 0.0), axis=0), n - n_real)
+        else:
+            mean_r = tl.load(mean_real_ptr)
+            mean_f = tl.load(mean_fake_ptr)
+        x = a - tl.where(i < n_real, mean_f, mean_r)
+    value_r, slope_r = _loss_term(x, t_r, real, W_R, TERM_R)
+    value_f, slope_f = _loss_term(x, t_f, fake, W_F, TERM_F)
+    slope_r = slope_r * scale_r
+    slope_f = slope_f * scale_f
+    d_r = tl.sum(slope_r, axis=0)
+    d_f = tl.sum(slope_f, axis=0)
+    if RELATIVE == 1 and REDUCTION != 0:  # minus what the partner pays, whose x is -x
+        _, partner_f = _loss_term(-x, _targets(tf_ptr, target_fake, i, real, a), real, W_F, TERM_F)
+        _, partner_r = _loss_term(-x, _targets(tr_ptr, target_real, i - n_real, fake, a), fake, W_R, TERM_R)
+        slope_r -= partner_f * scale_f
+        slope_f -= partner_r * scale_r
+    if RELATIVE == 2 and REDUCTION != 0 and partial_ptr is None:
+        slope_r -= _mean(d_f, n_real)
+        slope_f -= _mean(d_r, n - n_real)
     tl.store(grad_real_ptr + i, slope_r, mask=real)
     tl.store(grad_fake_ptr + i - n_real, slope_f, mask=fake)
     if REDUCTION == 0:
@@ -140,6 +257,8 @@ def _loss_kernel(
         tl.store(row + 2, s_r)
         tl.store(row + 3, s_f)
         tl.store(row + 4, right)
+        tl.store(row + 5, d_r)
+        tl.store(row + 6, d_f)
 
 
 @triton.jit(do_not_specialize=["n_real", "n", "rows"])
@@ -155,13 +274,13 @@ def _finish_kernel(
     REDUCTION: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """The rows of partial [rows, 8], summed in a fixed order by one program."""
+    """The rows of partial [rows, 8], summed in a fixed order by one program; the slopes' sums return in row 0."""
     lane = tl.arange(0, 8)
     total = tl.zeros((SIZE, 8), partial_ptr.dtype.element_ty)
     for step in range(tl.cdiv(rows, SIZE)):
         row = step * SIZE + tl.arange(0, SIZE).to(tl.int64)
         total += tl.load(
-            partial_ptr + row[:, None] * 8 + lane[None, :], mask=(row[:, None] < rows) & (lane[None, :] < 5), other=0.0
+            partial_ptr + row[:, None] * 8 + lane[None, :], mask=(row[:, None] < rows) & (lane[None, :] < 7), other=0.0
         )
     sums = tl.sum(total, axis=0)
     v_r = tl.sum(tl.where(lane == 0, sums, 0.0), axis=0)
@@ -169,6 +288,8 @@ def _finish_kernel(
     s_r = tl.sum(tl.where(lane == 2, sums, 0.0), axis=0)
     s_f = tl.sum(tl.where(lane == 3, sums, 0.0), axis=0)
     right = tl.sum(tl.where(lane == 4, sums, 0.0), axis=0)
+    tl.debug_barrier()  # every row has been read
+    tl.store(partial_ptr + lane, sums, mask=(lane == 5) | (lane == 6))
     _finish(loss_ptr, stats_ptr, v_r, v_f, s_r, s_f, right, n_real, n, W_R, W_F, REDUCTION)
 
 
@@ -197,8 +318,8 @@ def _grad2_kernel(
     inside = i < n
     real = inside & (i < n_real)
     a = _logits(a_ptr, b_ptr, i, inside, n_real, out_ptr.dtype.element_ty)
-    _, _, curvature_r, _ = _term(a, _targets(tr_ptr, target_real, i, real, a), TERM_R)
-    _, _, curvature_f, _ = _term(a, _targets(tf_ptr, target_fake, i - n_real, inside & (i >= n_real), a), TERM_F)
+    _, _, curvature_r = _term(a, _targets(tr_ptr, target_real, i, real, a), TERM_R)
+    _, _, curvature_f = _term(a, _targets(tf_ptr, target_fake, i - n_real, inside & (i >= n_real), a), TERM_F)
     curvature_r = curvature_r * _scale(a, n_real, W_R, REDUCTION) if W_R != 0 else tl.zeros_like(a)
     curvature_f = curvature_f * _scale(a, n - n_real, W_F, REDUCTION) if W_F != 0 else tl.zeros_like(a)
     g = tl.load(g_ptr + i, mask=inside, other=0.0) if REDUCTION == 0 else tl.load(g_ptr)
@@ -219,6 +340,7 @@ def gan_loss(
     target_fake: float,
     targets_fake: Tensor | None,
     reduction: int,
+    relative: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss, stats [3], grad of a, grad of b ([0] without b)."""
     n = a.numel() + (0 if b is None else b.numel())
@@ -229,6 +351,12 @@ def gan_loss(
     size = power_of_two(n) if n <= ONE_PROGRAM else BLOCK
     programs = max(ceil_div(n, size), 1)
     partial = a.new_empty(programs, 8, dtype=compute) if programs > 1 else None
+    flat = grad_a.view(-1)
+    grad_real, grad_fake = (flat[:n_real], flat[n_real:]) if b is None else (flat, grad_b.view(-1))
+    means: list[Tensor | None] = [None, None]
+    if relative == 2 and partial is not None:
+        halves = (a.view(-1)[:n_real], a.view(-1)[n_real:]) if b is None else (a, b)
+        means = [half.mean(dtype=compute) for half in halves]
     with on_device(a):
         _loss_kernel[(programs,)](
             a,
@@ -237,9 +365,10 @@ def gan_loss(
             targets_fake,
             loss,
             stats,
-            grad_a,
-            grad_a.view(-1)[n_real:] if b is None else grad_b,
+            grad_real,
+            grad_fake,
             partial,
+            *means,
             n_real,
             n,
             target_real,
@@ -249,6 +378,7 @@ def gan_loss(
             TERM_F=term_fake,
             W_F=weight_fake,
             REDUCTION=reduction,
+            RELATIVE=relative,
             SIZE=size,
             num_warps=max(size // 256, 4),
         )
@@ -266,6 +396,9 @@ def gan_loss(
                 SIZE=BLOCK,
                 num_warps=8,
             )
+    if relative == 2 and reduction != 0 and partial is not None:
+        grad_real -= partial[0, 6] / n_real
+        grad_fake -= partial[0, 5] / (n - n_real)
     return loss, stats, grad_a, grad_b
 
 

@@ -1,0 +1,113 @@
+"""mlp_critic against what plain PyTorch can do: the loss and every parameter gradient of a WGAN-GP critic, and the penalty alone.
+
+"critic" is one WGAN-GP critic step without the optimiser. eager passes real, fake and x̂ one after the other; eager-tuned passes
+real and fake as one batch; compile is eager-tuned with the penalty by torch.func.grad, compiled as a whole. "penalty" is the
+penalty with its gradients.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.support import COMPILE, EAGER, Function, Group, OpGroup, Outputs, Settings, Work, assert_close, compiled, gankern_rivals
+from gankern import mlp_critic, mlp_critic_penalty
+
+SIZES = (784, 1024, 512, 256, 1)
+LAYERS = len(SIZES) - 1
+BATCHES = (16, 64, 256)
+TUNED = "eager-tuned"
+SLOPE = 0.2
+
+
+def groups(settings: Settings) -> list[Group]:
+    dtypes = ("fp32", "tf32", "bf16") if settings.device.type == "cuda" else ("fp32",)
+    return [Critic(settings, which, batch, dtype) for which in ("critic", "penalty") for dtype in dtypes for batch in BATCHES]
+
+
+def bench_mlp_critic(row: Callable[[], None]) -> None:
+    row()
+
+
+class Critic(OpGroup):
+    def __init__(self, settings: Settings, which: str, batch: int, dtype: str) -> None:
+        rivals = [EAGER, *([TUNED] if which == "critic" else []), *gankern_rivals(settings.device)]
+        if settings.all_rivals or batch == BATCHES[1]:
+            rivals.insert(1, COMPILE)
+        matrices = [a * b for a, b in itertools.pairwise(SIZES)]
+        rows = 3 if which == "critic" else 1
+        # forward and weights: all rows; adjoints: all rows but, on the first layer, x̂ alone; tangents: x̂ alone, not the last layer
+        products = 2 * rows * sum(matrices) + rows * sum(matrices[1:]) + matrices[0] + sum(matrices[:-1])
+        parameters = sum(matrices) + sum(SIZES[1:])
+        element = 2 if dtype == "bf16" else 4
+        work = Work(element * (2 * parameters + (2 if which == "critic" else 1) * batch * SIZES[0]), 2 * batch * products, batch)
+        super().__init__(f"{which} {dtype} {batch}", rivals, work, dtype, settings.device)
+        self.which, self.batch = which, batch
+
+    def check(self, rival: str) -> None:
+        """In float64, in which rounding decides no sign: in float32 a unit near 0 would, and the WGAN's gradients half cancel."""
+        inputs = self.inputs(exact=True)
+        with self.context(rival):
+            assert_close(self._function(rival)(*inputs), self.function(EAGER)(*inputs), 1e-10)
+
+    def inputs(self, exact: bool) -> list[Tensor]:
+        """real, fake, eps, then the weights and the biases."""
+        dtype = torch.float64 if exact else torch.bfloat16 if self.dtype == "bf16" else torch.float32
+        tensors = [torch.randn(self.batch, SIZES[0]), torch.randn(self.batch, SIZES[0]), torch.rand(self.batch, 1)]
+        weights = [torch.empty(b, a).uniform_(-(a**-0.5), a**-0.5) for a, b in itertools.pairwise(SIZES)]
+        biases = [torch.empty(b).uniform_(-0.03, 0.03) for b in SIZES[1:]]
+        moved = [t.to(self.device, dtype) for t in (*tensors, *weights, *biases)]
+        return [t.requires_grad_(i >= 3) for i, t in enumerate(moved)]
+
+    def function(self, rival: str) -> Function:
+        if rival.startswith("gankern"):
+            return self.ours
+        by_autograd = functional if rival == COMPILE else penalty
+        one_batch = rival != EAGER
+
+        def step(real: Tensor, fake: Tensor, eps: Tensor, parameters: list[Tensor]) -> Tensor:
+            loss = by_autograd(parameters, eps * real + (1 - eps) * fake)
+            if self.which == "penalty":
+                return loss
+            if one_batch:
+                scores = critic(parameters, torch.cat([real, fake]))
+                return loss + scores[len(real) :].mean() - scores[: len(real)].mean()
+            return loss + critic(parameters, fake).mean() - critic(parameters, real).mean()
+
+        call = compiled(step) if rival == COMPILE else step
+
+        def run(real: Tensor, fake: Tensor, eps: Tensor, *parameters: Tensor) -> Outputs:
+            loss = call(real, fake, eps, list(parameters))
+            wanted = list(parameters) if self.which == "critic" else list(parameters[:LAYERS])
+            return {"loss": loss, "grads": torch.autograd.grad(loss, wanted)}
+
+        return run
+
+    def ours(self, real: Tensor, fake: Tensor, eps: Tensor, *parameters: Tensor) -> Outputs:
+        weights, biases = parameters[:LAYERS], parameters[LAYERS:]
+        if self.which == "critic":
+            out = mlp_critic(real, fake, weights, biases, SLOPE, objective="wgan", penalty_weight=10.0, eps=eps)
+        else:
+            out = mlp_critic_penalty(torch.lerp(fake, real, eps), weights, biases, SLOPE)
+        return {"loss": out.value, "grads": [g for g in out.grads if g is not None]}
+
+
+def critic(parameters: list[Tensor], x: Tensor) -> Tensor:
+    for i in range(LAYERS - 1):
+        x = F.leaky_relu(F.linear(x, parameters[i], parameters[LAYERS + i]), SLOPE)
+    return F.linear(x, parameters[LAYERS - 1], parameters[-1])
+
+
+def penalty(parameters: list[Tensor], x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    (g,) = torch.autograd.grad(critic(parameters, x).sum(), x, create_graph=True)
+    return 10.0 * (g.norm(2, dim=1) - 1).square().mean()
+
+
+def functional(parameters: list[Tensor], x: Tensor) -> Tensor:
+    g = torch.func.grad(lambda x: critic(parameters, x).sum())(x)
+    return 10.0 * (g.norm(2, dim=1) - 1).square().mean()

@@ -1,0 +1,137 @@
+"""The one-pass critic for modules: which nn.Sequential it fits, the loss of such a critic, and MLPCritic."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from gankern import checks
+from gankern.nn.linear import LinearLeakyReLU
+from gankern.ops.mlp_critic import MLPCriticLoss, mlp_critic, mlp_critic_penalty
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class MLPLayers(NamedTuple):
+    """A critic's layers, as `gankern.mlp_critic` takes them: `mlp_critic(real, fake, *mlp_layers(critic))`."""
+
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    slopes: list[float]
+    dropout: list[float]
+
+
+def mlp_problem(critic: nn.Module) -> str:
+    """Why the one-pass critic does not fit this module, in words, or "" if it does."""
+    return _read(critic)[1]
+
+
+def mlp_layers(critic: nn.Module) -> MLPLayers:
+    """The layers of a critic that is an nn.Sequential of nn.Linear (or gankern.nn.LinearLeakyReLU), nn.LeakyReLU or nn.ReLU, and
+    nn.Dropout, ending with an nn.Linear of one output; nn.Flatten may begin it, nn.Identity is nothing. Dropout has the
+    probability of the module, and 0 where that is in eval mode. Parametrised layers (spectral norm) are taken as they are.
+
+    Raises:
+        ValueError: anything else; the sentence says what.
+    """
+    layers, problem = _read(critic)
+    if problem:
+        checks.fail(
+            ValueError, "mlp_critic", "critic", "be an nn.Sequential of linear, LeakyReLU, ReLU and dropout layers", problem
+        )
+    return layers
+
+
+def _read(critic: nn.Module) -> tuple[MLPLayers, str]:
+    layers, open_layer = MLPLayers([], [], [], []), False  # open: no activation yet
+    if not isinstance(critic, nn.Sequential):
+        return layers, type(critic).__name__
+    if type(critic).forward not in (nn.Sequential.forward, MLPCritic.forward):
+        return layers, f"{type(critic).__name__}, which has a forward of its own"
+    if _has_hooks(critic):
+        return layers, "one with hooks"
+    dropped = False
+    name: str
+    module: Any
+    for name, module in critic.named_children():
+        kind, what = _kind(module), f"{type(module).__name__} ({name})"
+        if kind is nn.Identity:
+            continue
+        if _has_hooks(module):
+            return layers, f"{what} with hooks"
+        if kind is nn.Flatten and not layers.weights and (module.start_dim, module.end_dim) == (1, -1):
+            continue
+        if kind in (nn.Linear, LinearLeakyReLU):
+            layers.weights.append(module.weight)
+            layers.biases.append(module.bias)
+            fused = kind is LinearLeakyReLU
+            layers.slopes.append(float(module.negative_slope) if fused else 1.0)
+            layers.dropout.append(float(module.dropout) if fused and module.training else 0.0)
+            open_layer, dropped = not fused, fused and module.dropout > 0.0
+        elif kind in (nn.LeakyReLU, nn.ReLU) and layers.weights:
+            slope = float(module.negative_slope) if kind is nn.LeakyReLU else 0.0
+            if not open_layer or slope < 0.0:
+                return layers, f"{what} " + ("after another activation" if not open_layer else f"of negative slope {slope:g}")
+            layers.slopes[-1], open_layer = slope, False
+        elif kind is nn.Dropout and layers.weights and not dropped:
+            layers.dropout[-1], dropped = float(module.p) if module.training else 0.0, True
+        else:
+            where = "" if kind is not nn.Dropout else " after another dropout" if layers.weights else " before the first layer"
+            return layers, f"{what}{where}"
+    if not layers.weights:
+        return layers, "no linear layer"
+    if not open_layer or dropped:
+        return layers, "an activation or dropout after the last layer"
+    if layers.weights[-1].shape[0] != 1:
+        return layers, f"{layers.weights[-1].shape[0]} outputs, not one"
+    layers.slopes.pop()
+    layers.dropout.pop()
+    return layers, ""
+
+
+def _kind(module: nn.Module) -> Any:
+    """Its class, or of a parametrised module the class that it had before."""
+    return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+class MLPCritic(nn.Sequential):
+    """An MLP critic whose whole objective is one pass: `critic.critic_loss(real, fake).backward()` in place of forward passes,
+    penalty and `loss.backward()`. In all else the nn.Sequential of its layers: same forward, parameters and state_dict.
+
+        critic = MLPCritic(nn.Linear(784, 512), nn.LeakyReLU(0.2), nn.Linear(512, 1))
+        out = critic.critic_loss(real, fake, "wgan", penalty_weight=10.0)
+        out.backward()
+
+    Args:
+        layers: as `gankern.nn.mlp_layers` reads them, or one nn.Sequential, whose modules and keys are taken over (and shared).
+
+    Shape: [B, *] -> [B, 1]; * is flattened.
+
+    Raises:
+        ValueError: layers that the one pass does not fit.
+    """
+
+    def __init__(self, *layers: nn.Module) -> None:
+        if len(layers) == 1 and isinstance(layers[0], nn.Sequential):
+            super().__init__(OrderedDict(layers[0].named_children()))
+        else:
+            super().__init__(*layers)
+        mlp_layers(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1))
+
+    def critic_loss(self, real: Tensor, fake: Tensor, objective: str = "non-saturating", **options: Any) -> MLPCriticLoss:
+        """`gankern.mlp_critic` with this critic's layers; `options` are its keyword arguments from `real_label` on."""
+        return mlp_critic(real, fake, *mlp_layers(self), objective=objective, **options)
+
+    def penalty(self, x_hat: Tensor, **options: Any) -> MLPCriticLoss:
+        """`gankern.mlp_critic_penalty` with this critic's layers; `options` are its keyword arguments from `weight` on."""
+        return mlp_critic_penalty(x_hat, *mlp_layers(self), **options)

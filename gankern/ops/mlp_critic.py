@@ -1,0 +1,780 @@
+"""mlp_critic: the whole objective of an MLP critic, adversarial loss and input-gradient penalty, with every parameter gradient,
+in one pass of 4 L - 1 matrix products for L layers (eager WGAN-GP with L = 4: 43).
+
+With its masks fixed, a critic of linear, LeakyReLU and dropout layers is linear in its input, so that the penalty
+P = weight * mean_i (|g_i| - target)², g_i = dC(x_i)/dx_i, needs no second-order graph: dP/dW_l = adjoint_lᵀ tangent_(l-1), where
+the adjoints are those of C and the tangent is v_i = dP/dg_i pushed forward through the masked layers. The pass is therefore
+    forward      of all rows [real; fake; x̂], L products;
+    adjoints     of all rows, L products; seed: the slope of the adversarial loss, and 1 for penalised rows; the last one gives g;
+    tangents     of the penalised rows, L - 1 products, written over their activations, which are no longer needed;
+    weights      adjoint_lᵀ [activations; tangents], L products.
+Rows that are penalised *and* judged (R1, R2) are not passed twice: with seed 1 their activations are scaled by the slope instead,
+dW_l = adjoint_lᵀ (slope * activation + tangent). The penalty alone has the seed 1 everywhere: 4 (L - 1) products.
+
+Source: Gulrajani et al., "Improved training of Wasserstein GANs", NeurIPS 2017, eq. 3 (target 1); Mescheder, Geiger, Nowozin,
+"Which training methods for GANs do actually converge?", ICML 2018, eq. 9 and 10 (R1 and R2: target 0, weight gamma / 2).
+
+Kernels, same names and tensors in `torch.ops.gankern` (csrc/mlp_critic.*) and `gankern.triton.mlp_critic`; those marked ! are
+written in place; bits as in `linear_lrelu`, m(y, bits) its dropout factor times slope; sums in float64 or float32:
+    mlp_critic_adjoint(d! [R, N], y [R, N], bits, slope, p, bias_rows, factor [bias_rows] | None) -> dbias [N]
+        d = m(y, bits) * d; dbias = sum over the first bias_rows rows of factor * d
+    mlp_critic_tangent(t! [P, N], y! [R, N], bits, slope, p, first, factor [P] | None)
+        rows first ... first + P - 1: y = m(y, bits) * t; with a factor t = m(y, bits) * t, y = factor * y + t
+    mlp_critic_seed(g! [P, K], x! [R, K], first, factor [P] | None, weight, target, one_sided) -> penalty, norms [P]
+        rows likewise: x = v; with a factor g = v, x = factor * x + v
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+from torch.autograd.graph import _engine_run_backward
+
+from gankern import backend, checks
+from gankern.ops import linear_lrelu as layer
+from gankern.ops._objectives import OBJECTIVES, Label
+from gankern.ops._philox import draw_seed, dropout_keep
+from gankern.ops.gan_loss import gan_loss
+
+OP = "mlp_critic"
+SAMPLES = ("line", "real", "fake")
+SIDED = ("one", "two")
+Numbers = float | Sequence[float]
+
+
+class MLPCriticLoss:
+    """What `mlp_critic` returns: the loss with its parts and statistics, detached, and the gradient of every parameter.
+
+    `out.backward()` hands the gradients over, as `out.loss.backward()` does, without a pass over them. Only parameters have
+    gradients; a derivative of a higher order raises RuntimeError.
+    """
+
+    __slots__ = ("_loss", "_parameters", "_versions", "adversarial", "grads", "norms", "penalty", "stats")
+
+    def __init__(
+        self, outputs: Sequence[Tensor], parameters: Sequence[Tensor | None], wanted: Sequence[bool], pending: bool
+    ) -> None:
+        self._loss, self.adversarial, self.penalty, self.norms, self.stats, *grads = outputs
+        found = iter(grads)
+        self.grads: tuple[Tensor | None, ...] = tuple(next(found) if w else None for w in wanted)
+        self._parameters = tuple(parameters) if pending else None
+        self._versions = self._current()
+
+    def _current(self) -> list[int]:
+        return [] if self._parameters is None else [p._version for p in self._parameters if p is not None]
+
+    def _take(self) -> tuple[Tensor | None, ...]:
+        assert self._parameters is not None
+        if self._versions != self._current():
+            raise RuntimeError(f"{OP}: the parameters must not be changed in place before the backward pass, got changed ones")
+        return self._parameters
+
+    @property
+    def loss(self) -> Tensor:
+        """adversarial + penalty, scalar, attached to the graph of the parameters."""
+        if self._parameters is not None:
+            pairs = [(p, g) for p, g in zip(self._take(), self.grads, strict=True) if p is not None and g is not None]
+            self._parameters = None
+            with torch.enable_grad():
+                self._loss = _Known.apply(self._loss, len(pairs), *(g for _, g in pairs), *(p for p, _ in pairs))
+        return self._loss
+
+    @property
+    def value(self) -> Tensor:
+        """The loss, detached."""
+        return self._loss.detach()
+
+    @property
+    def d_real(self) -> Tensor:
+        """Mean sigmoid of the real logits; NaN in a penalty alone."""
+        return self.stats[..., 0]
+
+    @property
+    def d_fake(self) -> Tensor:
+        """Mean sigmoid of the fake logits; NaN in a penalty alone."""
+        return self.stats[..., 1]
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Share of logits that the critic calls right; NaN in a penalty alone."""
+        return self.stats[..., 2]
+
+    def backward(self) -> None:
+        """Add the gradients to the parameters' `.grad`, as `loss.backward()` does.
+
+        Raises:
+            RuntimeError: no parameter requires a gradient, or one was changed in place since.
+        """
+        if self._parameters is None:
+            self.loss.backward()
+            return
+        pairs = [(p, g) for p, g in zip(self._take(), self.grads, strict=True) if p is not None and g is not None]
+        self._parameters = None
+        through_engine = []
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()  # its hooks sit in the engine
+        with torch.no_grad():
+            for p, g in pairs:
+                hooks = p._backward_hooks or p._post_accumulate_grad_hooks
+                if distributed or hooks or not p.is_leaf or not p.is_contiguous():
+                    through_engine.append((p, g))
+                elif p.grad is None:
+                    p.grad = g
+                else:
+                    p.grad.add_(g)
+        if through_engine:
+            roots, gradients = zip(*through_engine, strict=True)
+            _engine_run_backward(roots, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+class _Job(NamedTuple):
+    """The settings of one pass. Objective "": the penalty alone. p: dropout of each hidden layer. name: a backend, or "torch"."""
+
+    slopes: tuple[float, ...]
+    p: tuple[float, ...]
+    objective: str
+    real_label: float
+    fake_label: float
+    weight: float
+    target: float
+    one_sided: bool
+    sample: str
+    wanted: tuple[bool, ...]  # of weights, then biases
+    name: str
+
+    @property
+    def layers(self) -> int:
+        return len(self.p) + 1
+
+
+class _Rows(NamedTuple):
+    """Which rows of [real; fake; x̂] are real, judged at all, and penalised."""
+
+    real: int
+    judged: int
+    first: int
+    penalised: int
+
+
+def mlp_critic(
+    real: Tensor,
+    fake: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    slopes: Numbers = 0.2,
+    dropout: Numbers = 0.0,
+    training: bool = True,
+    objective: str = "non-saturating",
+    *,
+    real_label: Label = 1.0,
+    fake_label: Label = 0.0,
+    penalty_weight: float = 0.0,
+    target: float = 1.0,
+    sided: str = "two",
+    sample: str = "line",
+    x_hat: Tensor | None = None,
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> MLPCriticLoss:
+    """The critic's objective and all its parameter gradients in one pass, for a critic of linear, LeakyReLU and dropout layers.
+
+    C(x) = w_L h_(L-1) + b_L, h_l = dropout(LeakyReLU(W_l h_(l-1) + b_l)), h_0 = x flattened to [B, K];
+    loss = adversarial(C(real), C(fake)) + penalty_weight * mean_i (|dC(x_i)/dx_i| - target)².
+    All rows are one batch [real; fake; x̂] for dropout; each row has its own mask.
+
+    WGAN-GP: objective "wgan", penalty_weight 10. R1: sample "real", target 0, penalty_weight gamma / 2; R2 the same with "fake".
+    DRAGAN and any other choice of points: pass them as x_hat. Exact: the same numbers as autograd, up to rounding. On CUDA not yet
+    measured.
+
+    Args:
+        real: [B, *], K elements a sample; float64, float32, bfloat16 or float16; must not require a gradient.
+        fake: [B', *], likewise; B' = B for the line.
+        weights: L >= 1 matrices [N_l, N_(l-1)], N_0 = K, N_L = 1, of real's dtype (any under autocast) and device.
+        biases: L vectors [N_l] or None.
+        slopes: of LeakyReLU, >= 0 (0: ReLU, 1: none), one number or one for each of the L - 1 hidden layers.
+        dropout: probability in [0, 1], one number or one for each hidden layer; drawn as `linear_lrelu` draws it.
+        training: dropout does nothing when False.
+        objective: a name of `gan_loss`; the critic's side of it, with real_label and fake_label.
+        penalty_weight: >= 0; 0 is no penalty.
+        target: of the norm, >= 0. The norm is the 2-norm over all of a sample; its derivative at 0 is 0.
+        sided: "two", or "one": norms below the target pay nothing.
+        sample: what is penalised: points eps * real + (1 - eps) * fake on the "line", or the "real" or the "fake" samples.
+        x_hat: [P, *], penalised instead.
+        eps: [B] or [B, 1], for the line; drawn uniformly, one a sample, when None.
+        generator: source of eps and then of the dropout masks; None is PyTorch's default generator.
+
+    Returns:
+        MLPCriticLoss: `.backward()`, `loss`, and detached `adversarial`, `penalty` (with its weight), `norms` [P], `d_real`,
+        `d_fake`, `accuracy`, `grads` (of the weights, then of the biases; None for those that do not require one).
+
+    Raises:
+        ValueError: a shape, device, name or range that does not fit; an input that requires a gradient.
+        TypeError: a dtype that is not supported or differs.
+        RuntimeError: a backend was forced that cannot run here; a derivative that is not a parameter gradient was asked for.
+    """
+    autocast = _check_layers(OP, "real", real, weights, biases, slopes, dropout)
+    _check_penalty(OP, penalty_weight, target, sided)
+    _check_rows("fake", fake, real)
+    checks.one_of(OP, "sample", sample, SAMPLES)
+    checks.one_of(OP, "objective", objective, OBJECTIVES)
+    if x_hat is not None:
+        _check_rows("x_hat", x_hat, real)
+        sample = "given"
+    elif sample == "line" and penalty_weight:
+        if len(fake) != len(real):
+            checks.fail(ValueError, OP, "fake", f"have {len(real)} samples, as real, for the line between them", len(fake))
+        if eps is None:
+            eps = torch.rand(len(real), 1, dtype=real.dtype, device=real.device, generator=generator)
+        elif eps.numel() != len(real):
+            checks.fail(ValueError, OP, "eps", f"have one value for each of {len(real)} samples", eps.numel())
+    job, seeds = _job(OP, real, weights, biases, slopes, dropout if training else 0.0, generator)
+    labels = [label if isinstance(label, Tensor) else None for label in (real_label, fake_label)]
+    numbers = [0.0 if isinstance(label, Tensor) else label for label in (real_label, fake_label)]
+    job = job._replace(
+        objective=objective, real_label=numbers[0], fake_label=numbers[1], weight=float(penalty_weight), target=float(target),
+        one_sided=sided == "one", sample=sample,
+    )  # fmt: skip
+    inputs = (real, fake, x_hat if penalty_weight else None, eps if sample == "line" and penalty_weight else None, *labels)
+    return _call(job, inputs, seeds, list(weights), list(biases), autocast)
+
+
+def mlp_critic_penalty(
+    x_hat: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    slopes: Numbers = 0.2,
+    dropout: Numbers = 0.0,
+    training: bool = True,
+    *,
+    weight: float = 10.0,
+    target: float = 1.0,
+    sided: str = "two",
+    generator: torch.Generator | None = None,
+) -> MLPCriticLoss:
+    """The penalty of `mlp_critic` alone, weight * mean_i (|dC(x_i)/dx_i| - target)², in 4 (L - 1) products (eager, L = 4: 21).
+
+    Arguments, results and errors as there; `loss` is the penalty, `adversarial` 0. The biases have no gradient: it is 0 everywhere.
+    """
+    op = "mlp_critic_penalty"
+    autocast = _check_layers(op, "x_hat", x_hat, weights, biases, slopes, dropout)
+    _check_penalty(op, weight, target, sided)
+    job, seeds = _job(op, x_hat, weights, [None] * len(weights), slopes, dropout if training else 0.0, generator)
+    job = job._replace(weight=float(weight), target=float(target), one_sided=sided == "one", sample="given")
+    return _call(job, (None, None, x_hat, None, None, None), seeds, list(weights), list(biases), autocast)
+
+
+def _job(
+    op: str, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], slopes: Numbers, dropout: Numbers,
+    generator: torch.Generator | None,
+) -> tuple[_Job, list[Tensor | None]]:  # fmt: skip
+    hidden = len(weights) - 1
+    p = _each(dropout, hidden)
+    name = backend.forced()
+    name = _choose(x.device.type) if name is None else backend.require(op, name, x.device.type)
+    every = not torch.compiler.is_compiling() and _transforming()
+    wanted = tuple(w is not None and (every or w.requires_grad) for w in (*weights, *biases))
+    seeds = [draw_seed(x.device, generator) if q > 0.0 else None for q in p]
+    return _Job(_each(slopes, hidden), p, "", 1.0, 0.0, 0.0, 1.0, False, "line", wanted, name), seeds
+
+
+def _choose(device: str) -> str:
+    """The automatic choice: the one pass wherever the op runs, its stages in kernels or, "torch", in plain PyTorch calls.
+
+    Measured by bench/bench_mlp_critic.py. On CUDA not yet measured.
+    """
+    return next((name for name in ("compiled", "triton") if not backend.problem(name, device)), "torch")
+
+
+def _each(value: Numbers, count: int) -> tuple[float, ...]:
+    return (float(value),) * count if isinstance(value, (int, float)) else tuple(float(v) for v in value)
+
+
+def _transforming() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _call(
+    job: _Job, inputs: tuple[Tensor | None, ...], seeds: list[Tensor | None], weights: list[Tensor], biases: list[Tensor | None],
+    autocast: torch.dtype | None,
+) -> MLPCriticLoss:  # fmt: skip
+    for argument, value in zip(("real", "fake", "x_hat", "eps", "real_label", "fake_label"), inputs, strict=True):
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            checks.fail(ValueError, OP, argument, "not require a gradient: only the parameters get one", "a tensor that does")
+    parameters = (*weights, *biases)
+    if torch.compiler.is_compiling() or _transforming():
+        code = None if autocast is None else str(autocast).removeprefix("torch.")
+        outputs = _Critic.apply(job, code, *inputs, *seeds, *parameters)
+        return MLPCriticLoss(outputs, parameters, job.wanted, False)
+    with torch.no_grad():
+        outputs = _compute(job, autocast, inputs, seeds, weights, biases)
+    return MLPCriticLoss(outputs, parameters, job.wanted, torch.is_grad_enabled() and any(job.wanted))
+
+
+# --- the pass --------------------------------------------------------------------------------------------------------------------
+
+
+def _rows(job: _Job, real: Tensor | None, fake: Tensor | None, x_hat: Tensor | None) -> _Rows:
+    n_real = 0 if real is None else len(real)
+    judged = n_real + (0 if fake is None else len(fake))
+    if job.objective and not job.weight:
+        return _Rows(n_real, judged, judged, 0)
+    first = {"real": 0, "fake": n_real}.get(job.sample, judged)
+    count = {"real": n_real, "fake": judged - n_real, "line": n_real}.get(job.sample, 0 if x_hat is None else len(x_hat))
+    return _Rows(n_real, judged, first, count)
+
+
+def _batch(real: Tensor | None, fake: Tensor | None, x_hat: Tensor | None, eps: Tensor | None) -> Tensor:
+    """[real; fake; x̂], a fresh [R, K]."""
+    given = [t.flatten(1) if t.dim() != 2 else t for t in (real, fake, x_hat) if t is not None]
+    if eps is None:
+        return torch.cat(given)
+    a, b = given
+    n = len(a)
+    x = a.new_empty(3 * n, a.shape[1])
+    torch.cat(given, out=x[: 2 * n])
+    torch.lerp(b, a, eps.reshape(n, 1).to(a.dtype), out=x[2 * n :])
+    return x
+
+
+def _compute(
+    job: _Job, autocast: torch.dtype | None, inputs: Sequence[Tensor | None], seeds: Sequence[Tensor | None], weights: list[Tensor],
+    biases: list[Tensor | None],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """loss, adversarial, penalty, norms, stats, then the gradients that are wanted."""
+    real, fake, x_hat, eps, real_labels, fake_labels = inputs
+    rows, x = _rows(job, real, fake, x_hat), _batch(real, fake, x_hat, eps)
+    labels: tuple[Label, Label] = (
+        job.real_label if real_labels is None else real_labels,
+        job.fake_label if fake_labels is None else fake_labels,
+    )
+    dtypes = [None if t is None else t.dtype for t in (*weights, *biases)]
+    if autocast is not None:
+        x, weights = x.to(autocast), [w.to(autocast) for w in weights]
+        biases = [None if b is None else b.to(autocast) for b in biases]
+    run = _by_autograd if job.name == "reference" else _one_pass
+    with nullcontext() if autocast is None else torch.autocast(x.device.type, enabled=False):
+        adversarial, penalty, norms, stats, grads = run(job, rows, x, seeds, weights, biases, labels)
+    found = [g if g.dtype == d else g.to(d) for g, d, w in zip(grads, dtypes, job.wanted, strict=True) if w]
+    return (adversarial + penalty, adversarial, penalty, norms, stats, *found)
+
+
+_Results = tuple[Tensor, Tensor, Tensor, Tensor, list[Any]]
+
+
+def _judge(job: _Job, logits: Tensor, rows: _Rows, labels: tuple[Label, Label]) -> tuple[Tensor, Tensor, Tensor]:
+    """The adversarial loss, its statistics and its slope at each logit, in the accumulation dtype."""
+    with torch.enable_grad():
+        a = logits.detach().flatten().to(_accumulate(logits.dtype)).requires_grad_()
+        out = gan_loss(a[: rows.real], a[rows.real :], job.objective, real_label=labels[0], fake_label=labels[1])
+        (slope,) = torch.autograd.grad(out.loss, a)
+    return out.value, out.stats, slope
+
+
+def _nothing(x: Tensor) -> tuple[Tensor, Tensor]:
+    acc = _accumulate(x.dtype)
+    return x.new_zeros((), dtype=acc), x.new_full((3,), math.nan, dtype=acc)
+
+
+def _one_pass(
+    job: _Job, rows: _Rows, x: Tensor, seeds: Sequence[Tensor | None], weights: list[Tensor], biases: list[Tensor | None],
+    labels: tuple[Label, Label],
+) -> _Results:  # fmt: skip
+    run, hidden, last = _kernels(job.name), job.layers - 1, weights[-1]
+    grads: list[Any] = [None] * (2 * job.layers)
+    # forward
+    h, bits = [x], []
+    for i in range(hidden):
+        y, kept = _layer(job, i, run, h[i], weights[i], biases[i], seeds[i])
+        h.append(y)
+        bits.append(kept)
+    first, count = rows.first, rows.penalised
+    inside = count > 0 and first < rows.judged
+    factor = row_factor = None
+    if job.objective:
+        logits = _linear(h[-1][: rows.judged], last, biases[-1])
+        adversarial, stats, slope = _judge(job, logits, rows, labels)
+        if job.wanted[-1]:
+            grads[-1] = slope.sum(0, keepdim=True)
+        seed = slope.to(x.dtype)
+        if inside:
+            factor = slope[first : first + count]
+            seed, row_factor = seed.clone(), torch.ones_like(slope)
+            seed[first : first + count] = 1.0
+            row_factor[first : first + count] = factor
+        elif count:
+            seed = torch.cat([seed, seed.new_ones(count)])
+        d = torch.mm(seed[:, None], last)
+    else:
+        (adversarial, stats), seed = _nothing(x), None
+        d = last.expand(count, -1).contiguous()
+    # adjoints
+    adjoints = [d] * hidden
+    for i in reversed(range(hidden)):
+        dbias = run.mlp_critic_adjoint(d, h[i + 1], bits[i], job.slopes[i], job.p[i], rows.judged, row_factor)
+        adjoints[i], grads[job.layers + i] = d, dbias
+        if i:
+            d = torch.mm(d, weights[i])
+    # tangents
+    if count:
+        g = torch.mm(adjoints[0][first : first + count], weights[0]) if hidden else d[first : first + count]
+        penalty, norms = run.mlp_critic_seed(g, x, first, factor, job.weight, job.target, job.one_sided)
+        t = x[first : first + count] if factor is None else g
+        for i in range(hidden):
+            t = torch.mm(t, weights[i].t())
+            run.mlp_critic_tangent(t, h[i + 1], bits[i], job.slopes[i], job.p[i], first, factor)
+            t = h[i + 1][first : first + count] if factor is None else t
+    else:
+        penalty, norms = adversarial.new_zeros(()), adversarial.new_zeros(0)
+        if not job.objective or job.weight:
+            penalty = penalty + math.nan  # the mean over no samples
+    # weights
+    for i in range(hidden):
+        if job.wanted[i]:
+            grads[i] = torch.mm(adjoints[i].t(), h[i])
+    if job.wanted[hidden]:
+        grads[hidden] = h[-1].sum(0, keepdim=True) if seed is None else torch.mm(seed[None], h[-1])
+    return adversarial, penalty, norms, stats, grads
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+
+
+def _layer(
+    job: _Job, i: int, run: Any, x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The output of hidden layer i and its dropout bits."""
+    slope, p = job.slopes[i], job.p[i]
+    if x.is_cpu and job.name != "triton" and p == 0.0:
+        return F.leaky_relu_(_linear(x, weight, bias), slope), _no_bits(x)
+    inside = x.is_cpu or x.dtype.itemsize == 2  # as in linear_lrelu
+    z = _linear(x, weight, bias if inside else None)
+    y, bits = run.linear_lrelu_act(z, None if inside or bias is None else bias.contiguous(), slope, p, seed)
+    return y, bits
+
+
+def _no_bits(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.uint8)
+
+
+def _accumulate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _kernels(name: str) -> Any:
+    if name == "torch":
+        return _PLAIN
+    return torch.ops.gankern if name == "compiled" else importlib.import_module("gankern.triton.mlp_critic")
+
+
+# --- the kernels in plain PyTorch ------------------------------------------------------------------------------------------------
+
+
+def _mask(y: Tensor, keep: Tensor, slope: float, p: float) -> Tensor:
+    one = y.new_ones((), dtype=_accumulate(y.dtype))
+    factor = torch.where(y > 0, one, slope)
+    return factor * (keep * (one * layer.dropout_scale(p))) if p > 0.0 else factor
+
+
+def _plain_act(z: Tensor, bias: Tensor | None, slope: float, p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    y = F.leaky_relu_(z if bias is None else z + bias, slope)
+    if p == 0.0:
+        return y, _no_bits(z)
+    assert seed is not None
+    keep = dropout_keep(seed, y.shape[0], y.shape[1], p)
+    return y.mul_(keep.to(y.dtype) * layer.dropout_scale(p)), keep
+
+
+def _plain_adjoint(d: Tensor, y: Tensor, bits: Tensor, slope: float, p: float, bias_rows: int, factor: Tensor | None) -> Tensor:
+    exact = d * _mask(y, bits, slope, p)
+    d.copy_(exact)
+    head = exact[:bias_rows]
+    return (head if factor is None else head * factor[:, None]).sum(0).to(d.dtype)
+
+
+def _plain_tangent(t: Tensor, y: Tensor, bits: Tensor, slope: float, p: float, first: int, factor: Tensor | None) -> None:
+    rows = slice(first, first + len(t))
+    v = t * _mask(y[rows], bits[rows] if p > 0.0 else bits, slope, p)
+    if factor is not None:
+        t.copy_(v)
+        v = v + factor[:, None] * y[rows]
+    y[rows] = v.to(y.dtype)
+
+
+def _plain_seed(
+    g: Tensor, x: Tensor, first: int, factor: Tensor | None, weight: float, target: float, one_sided: bool
+) -> tuple[Tensor, Tensor]:
+    exact, rows = g.to(_accumulate(g.dtype)), slice(first, first + len(g))
+    norms = exact.square().sum(1).sqrt()
+    gap = (norms - target).clamp_min(0.0) if one_sided else norms - target
+    v = exact * torch.where(norms > 0, 2.0 * weight / len(g) * gap / norms, 0.0)[:, None]
+    if factor is not None:
+        g.copy_(v)
+        v = v + factor[:, None] * x[rows]
+    x[rows] = v.to(x.dtype)
+    return weight * gap.square().mean(), norms
+
+
+_PLAIN = SimpleNamespace(
+    linear_lrelu_act=_plain_act,
+    mlp_critic_adjoint=_plain_adjoint,
+    mlp_critic_tangent=_plain_tangent,
+    mlp_critic_seed=_plain_seed,
+)
+
+
+# --- the definition --------------------------------------------------------------------------------------------------------------
+
+
+def _by_autograd(
+    job: _Job, rows: _Rows, x: Tensor, seeds: Sequence[Tensor | None], weights: list[Tensor], biases: list[Tensor | None],
+    labels: tuple[Label, Label],
+) -> _Results:  # fmt: skip
+    """The definition: PyTorch's autograd of the second order, on one pass of all rows."""
+    with torch.enable_grad():
+        weights = [w.detach().requires_grad_() for w in weights]
+        biases = [None if b is None else b.detach().requires_grad_() for b in biases]
+        h = x.detach().requires_grad_()
+        leaf = h
+        for i, seed in enumerate(seeds):
+            h = layer.reference(h, weights[i], biases[i], job.slopes[i], job.p[i], seed)
+        logits = F.linear(h, weights[-1], biases[-1]).squeeze(1)
+        loss, stats = _nothing(x)
+        penalty, norms = loss.new_zeros(()), loss.new_zeros(0)
+        if job.objective:
+            a, b = logits[: rows.real], logits[rows.real : rows.judged]
+            out = gan_loss(a, b, job.objective, real_label=labels[0], fake_label=labels[1])
+            loss, stats = out.loss, out.stats
+        if not job.objective or job.weight:
+            penalised = slice(rows.first, rows.first + rows.penalised)
+            (g,) = torch.autograd.grad(logits[penalised].sum(), leaf, create_graph=True)
+            norms = torch.linalg.vector_norm(g[penalised].to(loss.dtype), dim=1)
+            gap = (norms - job.target).clamp_min(0.0) if job.one_sided else norms - job.target
+            penalty = job.weight * gap.square().mean()
+        parameters = [t for t, w in zip((*weights, *biases), job.wanted, strict=True) if w and t is not None]
+        found: Any = ()
+        if parameters:
+            found = torch.autograd.grad(loss + penalty, parameters, allow_unused=True, materialize_grads=True)
+    given = iter(found)
+    return loss.detach(), penalty.detach(), norms.detach(), stats, [next(given) if w else None for w in job.wanted]
+
+
+# --- autograd --------------------------------------------------------------------------------------------------------------------
+
+
+def _split(job: _Job, tensors: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+    """(real, fake, x_hat, eps, real_labels, fake_labels), seeds, weights, biases."""
+    hidden = job.layers - 1
+    return tensors[:6], tensors[6 : 6 + hidden], tensors[6 + hidden : 7 + 2 * hidden], tensors[7 + 2 * hidden :]
+
+
+class _Critic(Function):
+    """The pass as one node: loss, adversarial, penalty, norms, stats, and the gradients that its backward hands out."""
+
+    @staticmethod
+    def forward(job: _Job, autocast: str | None, *tensors: Any) -> Any:
+        inputs, seeds, weights, biases = _split(job, tensors)
+        if torch.compiler.is_compiling():
+            return tuple(torch.ops.gankern.mlp_critic_step(*inputs, list(seeds), list(weights), list(biases), *job, autocast))
+        dtype = None if autocast is None else getattr(torch, autocast)
+        return _compute(job, dtype, inputs, seeds, list(weights), list(biases))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.job, _, *tensors = inputs
+        *_, weights, biases = _split(ctx.job, tensors)
+        parameters = [t for t, w in zip((*weights, *biases), ctx.job.wanted, strict=True) if w]
+        ctx.inputs = len(tensors) - len(weights) - len(biases)
+        ctx.save_for_backward(*output[5:], *parameters)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *_: None) -> Any:
+        if any(ctx.needs_input_grad[2 : 2 + ctx.inputs]):
+            raise RuntimeError(f"{OP}: the inputs must not require a gradient: only the parameters get one, got a tensor that does")
+        saved, count = ctx.saved_tensors, sum(ctx.job.wanted)
+        scaled = _Scaled.forward if torch.compiler.is_compiling() else _Scaled.apply  # what is compiled has no second order anyway
+        given = iter(() if g is None else scaled(g, count, *saved))
+        found = [next(given, None) if w else None for w in ctx.job.wanted]
+        return (None, None, *(None,) * ctx.inputs, *found)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, job: _Job, autocast: str | None, *tensors: Any) -> Any:
+        calls = [
+            _Critic.apply(
+                job,
+                autocast,
+                *(t if d is None or t is None else t.select(d, i) for t, d in zip(tensors, in_dims[2:], strict=True)),
+            )
+            for i in range(info.batch_size)
+        ]
+        return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(calls[0])
+
+
+class _Known(Function):
+    """The loss as a node of the graph, when the pass has already been made: (loss, n, n gradients, n parameters) -> loss."""
+
+    @staticmethod
+    def forward(loss: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        return loss.view_as(loss)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, ctx.count, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return (None, None, *(None,) * ctx.count, *_Scaled.apply(g, ctx.count, *ctx.saved_tensors))
+
+
+class _Scaled(Function):
+    """g times each of n gradients; the n parameters are inputs so that a second derivative finds this node, and its refusal."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(g: Tensor, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t * g.to(t.dtype) for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"{OP}: a derivative must be the gradient of a parameter, got one of second order: it is not supported")
+
+
+# --- the pass as an operator, for torch.compile ----------------------------------------------------------------------------------
+
+_library = torch.library.Library("gankern", "FRAGMENT")
+_library.define(
+    "mlp_critic_step(Tensor? real, Tensor? fake, Tensor? x_hat, Tensor? eps, Tensor? real_labels, Tensor? fake_labels, "
+    "Tensor?[] seeds, Tensor[] weights, Tensor?[] biases, float[] slopes, float[] p, str objective, float real_label, "
+    "float fake_label, float weight, float target, bool one_sided, str sample, bool[] wanted, str name, str? autocast) -> Tensor[]"
+)
+
+
+def _step(
+    real: Tensor | None, fake: Tensor | None, x_hat: Tensor | None, eps: Tensor | None, real_labels: Tensor | None,
+    fake_labels: Tensor | None, seeds: list[Tensor | None], weights: list[Tensor], biases: list[Tensor | None], *settings: Any,
+) -> list[Tensor]:  # fmt: skip
+    *fields, autocast = settings
+    job = _Job._make(tuple(f) if isinstance(f, list) else f for f in fields)
+    dtype = None if autocast is None else getattr(torch, autocast)
+    # An operator runs below autograd, but gan_loss and the definition differentiate in the pass.
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    guard = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+    with guard, torch.no_grad():
+        return list(_compute(job, dtype, (real, fake, x_hat, eps, real_labels, fake_labels), seeds, weights, biases))
+
+
+def _step_fake(
+    real: Tensor | None, fake: Tensor | None, x_hat: Tensor | None, eps: Tensor | None, real_labels: Tensor | None,
+    fake_labels: Tensor | None, seeds: list[Tensor | None], weights: list[Tensor], biases: list[Tensor | None], *settings: Any,
+) -> list[Tensor]:  # fmt: skip
+    *fields, autocast = settings
+    job = _Job._make(fields)
+    dtype = _accumulate(weights[0].dtype if autocast is None else getattr(torch, autocast))
+    rows, like = _rows(job, real, fake, x_hat), weights[0]
+    sizes: list[tuple[int, ...]] = [(), (), (), (rows.penalised,), (3,)]
+    outputs = [like.new_empty(size, dtype=dtype) for size in sizes]
+    return outputs + [torch.empty_like(t) for t, w in zip((*weights, *biases), job.wanted, strict=True) if w and t is not None]
+
+
+_library.impl("mlp_critic_step", _step, "CompositeExplicitAutograd")
+torch.library.register_fake("gankern::mlp_critic_step", _step_fake)
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------------------
+
+
+def _check_layers(op: str, argument: str, x: Any, weights: Any, biases: Any, slopes: Any, dropout: Any) -> torch.dtype | None:
+    """Refuse bad layers and samples; returns the dtype that autocast asks for, or None."""
+    checks.tensor(op, argument, x)
+    checks.floating(op, argument, x)
+    if x.dim() < 2:
+        checks.fail(ValueError, op, argument, "have shape [B, *]", f"shape {list(x.shape)}")
+    for name, value in (("weights", weights), ("biases", biases)):
+        if not isinstance(value, (list, tuple)):
+            checks.fail(TypeError, op, name, "be a list or tuple", type(value).__name__)
+    if not weights:
+        checks.fail(ValueError, op, "weights", "hold at least one matrix", "none")
+    if len(biases) != len(weights):
+        checks.fail(ValueError, op, "biases", f"hold {len(weights)} vectors or None, as many as weights", len(biases))
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    inputs = math.prod(x.shape[1:])
+    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        checks.tensor(op, f"weights[{i}]", w)
+        checks.dims(op, f"weights[{i}]", w, 2)
+        if w.shape[1] != inputs:
+            checks.fail(ValueError, op, f"weights[{i}]", f"have {inputs} columns", f"shape {list(w.shape)}")
+        inputs = w.shape[0]
+        for name, value in ((f"weights[{i}]", w), (f"biases[{i}]", b)):
+            if value is not None:
+                checks.tensor(op, name, value)
+                checks.same_device(op, name, value, x.device)
+                checks.floating(op, name, value)
+                if not autocast:
+                    checks.same_dtype(op, name, value, x.dtype)
+        if b is not None:
+            checks.shape(op, f"biases[{i}]", b, (inputs,))
+    if inputs != 1:
+        checks.fail(
+            ValueError, op, f"weights[{len(weights) - 1}]", "have one row: the critic's score", f"shape {list(weights[-1].shape)}"
+        )
+    for name, value, high in (("slopes", slopes, math.inf), ("dropout", dropout, 1.0)):
+        values = [value] if isinstance(value, (int, float)) else value
+        if not isinstance(values, (list, tuple)):
+            checks.fail(TypeError, op, name, "be a number, or one for each hidden layer", type(value).__name__)
+        if values is value and len(values) != len(weights) - 1:
+            checks.fail(ValueError, op, name, f"hold {len(weights) - 1} numbers, one for each hidden layer", len(values))
+        for v in values:
+            checks.number(op, name, v, 0.0, high)
+    return torch.get_autocast_dtype(kind) if autocast else None
+
+
+def _check_penalty(op: str, weight: Any, target: Any, sided: Any) -> None:
+    checks.number(op, "penalty_weight" if op == OP else "weight", weight, 0.0)
+    checks.number(op, "target", target, 0.0)
+    checks.one_of(op, "sided", sided, SIDED)
+
+
+def _check_rows(argument: str, value: Any, real: Tensor) -> None:
+    checks.tensor(OP, argument, value)
+    checks.same_dtype(OP, argument, value, real.dtype)
+    checks.same_device(OP, argument, value, real.device)
+    if value.dim() < 2 or math.prod(value.shape[1:]) != math.prod(real.shape[1:]):
+        wanted = f"have {math.prod(real.shape[1:])} elements a sample, as real"
+        checks.fail(ValueError, OP, argument, wanted, f"shape {list(value.shape)}")
+
+
+if not backend.CPU_PROBLEM:
+
+    @torch.library.register_fake("gankern::mlp_critic_adjoint")
+    def _(d: Tensor, y: Tensor, bits: Tensor, slope: float, p: float, bias_rows: int, factor: Tensor | None) -> Tensor:
+        return d.new_empty(d.shape[1])
+
+    @torch.library.register_fake("gankern::mlp_critic_tangent")
+    def _(t: Tensor, y: Tensor, bits: Tensor, slope: float, p: float, first: int, factor: Tensor | None) -> None:
+        return None
+
+    @torch.library.register_fake("gankern::mlp_critic_seed")
+    def _(
+        g: Tensor, x: Tensor, first: int, factor: Tensor | None, weight: float, target: float, one_sided: bool
+    ) -> tuple[Tensor, Tensor]:
+        dtype = _accumulate(g.dtype)
+        return g.new_empty((), dtype=dtype), g.new_empty(len(g), dtype=dtype)
