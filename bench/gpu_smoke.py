@@ -32,7 +32,7 @@ def kernels() -> None:
                 arguments = (logits, None, n // 2, 0, 1.0, 1.0, None, 0, 1.0, 0.0, None, reduction)
                 for relative in range(3):
                     namespace(name, "gan_loss").gan_loss(*arguments, relative)
-                namespace(name, "gan_loss").gan_loss_grad2(*arguments, g if reduction else c, c)
+                namespace(name, "gan_loss").gan_loss_grad2(*arguments, g if reduction else c, c, None)
         torch.cuda.synchronize()
         print(f"{name}: all kernels ran")
 

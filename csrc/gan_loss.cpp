@@ -153,18 +153,21 @@ GK_HD A chunk_sum(const T* a, int64_t n) {
 }
 
 template <typename T, typename A>
-GK_HD void chunk_curvature(const T* a, int code, const A* targets, A target, A scale, const A* g, bool g_each, const A* c, A* out, int64_t n) {
+GK_HD void chunk_curvature(const T* a, int code, const A* targets, A target, A scale, const A* g, bool g_each, const T* c, T* out, int64_t n) {
   for (int64_t first = 0; first < n; first += kTile) {
     const int64_t count = std::min(kTile, n - first);
-    A x[kTile] = {}, t[kTile], curvature[kTile];
+    if (scale == A(0)) {
+      std::fill(out + first, out + first + count, T(0));
+      continue;
+    }
+    A x[kTile] = {}, t[kTile], curvature[kTile], factor[kTile];
     for (int64_t i = 0; i < count; ++i) x[i] = static_cast<A>(a[first + i]);
     for (int64_t i = 0; i < kTile; ++i) t[i] = target;
     if (targets != nullptr) std::copy(targets + first, targets + first + count, t);
+    for (int64_t i = 0; i < kTile; ++i) factor[i] = g[0];
+    if (g_each) std::copy(g + first, g + first + count, factor);
     curvatures(code, x, t, curvature);
-    for (int64_t i = 0; i < count; ++i) {
-      const A bent = g[g_each ? first + i : 0] * c[first + i] * scale * curvature[i];
-      out[first + i] = scale == A(0) ? A(0) : bent;
-    }
+    for (int64_t i = 0; i < count; ++i) out[first + i] = static_cast<T>(factor[i] * static_cast<A>(c[first + i]) * scale * curvature[i]);
   }
 }
 
@@ -175,7 +178,7 @@ GK_HD void chunk_curvature(const T* a, int code, const A* targets, A target, A s
   }                                                                                                                                           \
   GK_CLONES acc_t<T> sum(const T* a, int64_t n) { return chunk_sum<T, acc_t<T>>(a, n); }                                                      \
   GK_CLONES void curve(const T* a, int code, const acc_t<T>* targets, acc_t<T> target, acc_t<T> scale, const acc_t<T>* g, bool g_each,        \
-                       const acc_t<T>* c, acc_t<T>* out, int64_t n) {                                                                         \
+                       const T* c, T* out, int64_t n) {                                                                                       \
     chunk_curvature<T, acc_t<T>>(a, code, targets, target, scale, g, g_each, c, out, n);                                                      \
   }
 GK_CHUNKS(double)
@@ -308,9 +311,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gan_loss(const Tensor& a, const std::
   return {loss, stats, grad_a, grad_b};
 }
 
-Tensor gan_loss_grad2(const Tensor& a, const std::optional<Tensor>& b, int64_t n_real, int64_t term_real, double weight_real, double target_real,
-                      const Targets& targets_real, int64_t term_fake, double weight_fake, double target_fake, const Targets& targets_fake,
-                      int64_t reduction, const Tensor& g, const Tensor& c) {
+std::tuple<Tensor, Tensor> gan_loss_grad2(const Tensor& a, const std::optional<Tensor>& b, int64_t n_real, int64_t term_real, double weight_real,
+                                          double target_real, const Targets& targets_real, int64_t term_fake, double weight_fake, double target_fake,
+                                          const Targets& targets_fake, int64_t reduction, const Tensor& g, const Tensor& ca,
+                                          const std::optional<Tensor>& cb) {
   constexpr const char* op = "gan_loss_grad2";
   const Halves halves = halves_of(op, a, b, n_real);
   const Part parts[2] = {part_of(op, a, term_real, weight_real, target_real, targets_real, halves.n[0]),
@@ -318,27 +322,30 @@ Tensor gan_loss_grad2(const Tensor& a, const std::optional<Tensor>& b, int64_t n
   const int64_t total = halves.n[0] + halves.n[1];
   const ScalarType dtype = accumulate_dtype(a.scalar_type());
   const bool g_each = reduction == kNone;
-  check(c.scalar_type() == dtype && c.numel() == total && c.is_cpu(), op, "c", "have one value a logit, in the accumulation dtype");
+  const Halves cotangents = halves_of(op, ca, cb, n_real);
+  check_like(op, "ca", ca, a);
+  check(ca.numel() == a.numel() && cb.has_value() == b.has_value() && cotangents.n[1] == halves.n[1], op, "ca and cb",
+        "have one value a logit, halved as a and b are");
   check(g.scalar_type() == dtype && g.numel() == (g_each ? total : 1) && g.is_cpu(), op, "g",
         "be a scalar, or with reduction none have one value a logit, in the accumulation dtype");
-  check_contiguous(op, "c", c);
   check_contiguous(op, "g", g);
-  Tensor out = torch::stable::empty_like(c);
+  Tensor da = torch::stable::empty_like(a), db = b.has_value() ? torch::stable::empty_like(*b) : empty_on_cpu({0}, a.scalar_type());
   dispatch_floating(op, a.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
+    T* outputs[2] = {mutable_data<T>(da), b.has_value() ? mutable_data<T>(db) : mutable_data<T>(da) + halves.n[0]};
     for (int h = 0; h < 2; ++h) {
-      const T* logits = reinterpret_cast<const T*>(halves.at[h]);
+      const T *logits = reinterpret_cast<const T*>(halves.at[h]), *c = reinterpret_cast<const T*>(cotangents.at[h]);
       const A* targets = static_cast<const A*>(parts[h].targets);
       const int64_t n = halves.n[h], offset = h == 0 ? 0 : halves.n[0];
       const A scale = static_cast<A>(scale_of(parts[h], n, reduction));
       torch::stable::parallel_for(0, n, kChunk, [&](int64_t begin, int64_t end) {
         curve(logits + begin, static_cast<int>(parts[h].term), targets == nullptr ? nullptr : targets + begin, static_cast<A>(parts[h].target), scale,
-              data<A>(g) + (g_each ? offset + begin : 0), g_each, data<A>(c) + offset + begin, mutable_data<A>(out) + offset + begin, end - begin);
+              data<A>(g) + (g_each ? offset + begin : 0), g_each, c + begin, outputs[h] + begin, end - begin);
       });
     }
   });
-  return out;
+  return {da, db};
 }
 
 }  // namespace
@@ -349,7 +356,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gankern, m) {
       "float weight_fake, float target_fake, Tensor? targets_fake, int reduction, int relative) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "gan_loss_grad2(Tensor a, Tensor? b, int n_real, int term_real, float weight_real, float target_real, Tensor? targets_real, int term_fake, "
-      "float weight_fake, float target_fake, Tensor? targets_fake, int reduction, Tensor g, Tensor c) -> Tensor");
+      "float weight_fake, float target_fake, Tensor? targets_fake, int reduction, Tensor g, Tensor ca, Tensor? cb) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gankern, CPU, m) {

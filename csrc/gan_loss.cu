@@ -201,13 +201,15 @@ __global__ void __launch_bounds__(kThreads)
     shift_gradient(h, i, partials[0], partials[1], grad_real, grad_fake);
 }
 
-// out [n] = g * c * curvature, scaled as the gradient is; g [n] or, when !g_each, [1]
+// d = g * c * curvature, scaled as the gradient is, c and d halved as the logits are; g [n] or, when !g_each, [1]
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    grad2_kernel(Halves<T> h, const sum_t<T>* __restrict__ g, bool g_each, const sum_t<T>* __restrict__ c, sum_t<T>* __restrict__ out) {
+    grad2_kernel(Halves<T> h, const sum_t<T>* __restrict__ g, bool g_each, const T* __restrict__ ca, const T* __restrict__ cb, T* __restrict__ da,
+                 T* __restrict__ db) {
   for (std::int64_t i = grid_thread(); i < h.n; i += grid_stride()) {
     const Logit<T> l(h, i);
-    out[i] = l.weight != 0 ? g[g_each ? i : 0] * c[i] * (l.scale * l.term.curvature) : sum_t<T>(0);
+    const sum_t<T> c = static_cast<sum_t<T>>((l.fake ? cb : ca)[l.j]);
+    (l.fake ? db : da)[l.j] = static_cast<T>(l.weight != 0 ? g[g_each ? i : 0] * c * (l.scale * l.term.curvature) : sum_t<T>(0));
   }
 }
 
@@ -230,9 +232,9 @@ void launch_loss(const Halves<T>& h, std::int64_t reduction, sum_t<T>* loss, sum
 }
 
 template <typename T>
-void launch_grad2(const Halves<T>& h, const sum_t<T>* g, bool g_each, const sum_t<T>* c, sum_t<T>* out, cudaStream_t stream) {
+void launch_grad2(const Halves<T>& h, const sum_t<T>* g, bool g_each, const T* ca, const T* cb, T* da, T* db, cudaStream_t stream) {
   constexpr int threads = 128;
-  if (h.n > 0) GK_LAUNCH(grad2_kernel<T>, grid_for(h.n, threads), threads, stream, h, g, g_each, c, out);
+  if (h.n > 0) GK_LAUNCH(grad2_kernel<T>, grid_for(h.n, threads), threads, stream, h, g, g_each, ca, cb, da, db);
 }
 
 template <typename A>
@@ -309,25 +311,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gan_loss(const Tensor& a, const Maybe
   return {loss, stats, grad_a, grad_b};
 }
 
-Tensor gan_loss_grad2(const Tensor& a, const Maybe& b, std::int64_t n_real, std::int64_t term_real, double weight_real, double target_real,
-                      const Maybe& targets_real, std::int64_t term_fake, double weight_fake, double target_fake, const Maybe& targets_fake,
-                      std::int64_t reduction, const Tensor& g, const Tensor& c) {
+std::tuple<Tensor, Tensor> gan_loss_grad2(const Tensor& a, const Maybe& b, std::int64_t n_real, std::int64_t term_real, double weight_real,
+                                          double target_real, const Maybe& targets_real, std::int64_t term_fake, double weight_fake,
+                                          double target_fake, const Maybe& targets_fake, std::int64_t reduction, const Tensor& g, const Tensor& ca,
+                                          const Maybe& cb) {
   constexpr const char* op = "gan_loss_grad2";
   const Arguments in(op, a, b, n_real);
   in.check_term(op, term_real, targets_real, in.n_real);
   in.check_term(op, term_fake, targets_fake, in.n - in.n_real);
-  in.check_values(op, "c", c, in.n);
+  check_like(op, "ca", ca, a);
+  if (cb.has_value()) check_like(op, "cb", *cb, a);
+  check(ca.numel() == a.numel() && cb.has_value() == b.has_value() && (!b.has_value() || cb->numel() == b->numel()), op, "ca and cb",
+        "have one value a logit, halved as a and b are");
   const bool g_each = reduction == kNone;
   in.check_values(op, "g", g, g_each ? in.n : 1);
   const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
-  Tensor out = torch::stable::empty_like(c);
+  Tensor da = torch::stable::empty_like(a), db = b.has_value() ? torch::stable::empty_like(*b) : torch::stable::new_empty(a, {0});
   dispatch_floating(op, a.scalar_type(), [&](auto zero) {
     using T = device_t<decltype(zero)>;
     using A = sum_t<T>;
     launch_grad2<T>(in.halves<T>(term_real, weight_real, target_real, targets_real, term_fake, weight_fake, target_fake, targets_fake, reduction, kNo),
-                    data<A>(g), g_each, data<A>(c), mutable_data<A>(out), current_stream(a));
+                    data<A>(g), g_each, data<T>(ca), cb.has_value() ? data<T>(*cb) : data<T>(ca) + in.n_real, mutable_data<T>(da),
+                    b.has_value() ? mutable_data<T>(db) : mutable_data<T>(da) + in.n_real, current_stream(a));
   });
-  return out;
+  return {da, db};
 }
 #endif
 

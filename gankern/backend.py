@@ -103,8 +103,10 @@ CUDA_PROBLEM = _load_cuda()
 
 def compiled_problem(device_type: str) -> str:
     """Why the C++ library cannot run on this device type ("cpu", "cuda" ...), or "" if it can."""
-    problem = {"cpu": CPU_PROBLEM, "cuda": CUDA_PROBLEM}.get(device_type, f"there is no C++ kernel for {device_type} tensors")
-    return f"the C++ library for {device_type} is {problem}" if problem and device_type in ("cpu", "cuda") else problem
+    if device_type not in ("cpu", "cuda"):
+        return f"there is no C++ kernel for {device_type} tensors"
+    problem = CPU_PROBLEM if device_type == "cpu" else CUDA_PROBLEM
+    return f"the C++ library for {device_type} is {problem}" if problem else ""
 
 
 def triton_interpreted() -> bool:

@@ -409,7 +409,7 @@ def compare_loss(case: Case, launches: int = 1) -> None:
     close(loss, want.detach(), terms=n)
     close(stats, want_stats, terms=n)
     g = torch.randn(want.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(acc)
-    c = torch.randn(n, generator=torch.Generator().manual_seed(6), dtype=torch.float64).to(acc)
+    c = torch.randn(n, generator=torch.Generator().manual_seed(6), dtype=torch.float64).to(case.a.dtype)
     slopes = [d + 0 * t for d, t in zip(torch.autograd.grad(want.sum(), leaves, create_graph=True), leaves, strict=True)]
     if case.spec.relative and case.spec.reduction == 0:  # the slopes in what the terms take
         grad = gan_loss._relative_adjoint(grad, case.n_real, case.spec.relative)
@@ -418,9 +418,11 @@ def compare_loss(case: Case, launches: int = 1) -> None:
         return
     g_each = g.double().expand(n)
     curved = torch.autograd.grad(torch.cat(slopes), leaves, g_each * c.double()) if n else leaves
-    (out,), count = run("gan_loss", "grad2", *case.words, inputs=(*case.inputs, g, c), outputs=[((n,), acc)])
+    ca, cb = (c, None) if case.b is None else c.split((case.a.numel(), case.b.numel()))
+    halves = [t for t in (case.a, case.b) if t is not None]
+    out, count = run("gan_loss", "grad2", *case.words, inputs=(*case.inputs, g, ca, cb), outputs=[((t.numel(),), t.dtype) for t in halves])
     assert count == (n > 0)
-    close(out, torch.cat(curved).detach())
+    close(torch.cat(out), torch.cat(curved).detach())
 
 
 @pytest.mark.parametrize("reduction", range(3), ids=gan_loss.REDUCTIONS)

@@ -300,8 +300,10 @@ def _grad2_kernel(
     tr_ptr,
     tf_ptr,
     g_ptr,
-    c_ptr,
-    out_ptr,
+    ca_ptr,
+    cb_ptr,
+    da_ptr,
+    db_ptr,
     n_real,
     n,
     target_real: tl.float64,
@@ -313,18 +315,22 @@ def _grad2_kernel(
     REDUCTION: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """out = g * c * curvature, scaled as the gradient is; g is one number unless REDUCTION is 0."""
+    """d = g * c * curvature, scaled as the gradient is, c and d halved as the logits are; g is one number unless REDUCTION is 0."""
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = i < n
     real = inside & (i < n_real)
-    a = _logits(a_ptr, b_ptr, i, inside, n_real, out_ptr.dtype.element_ty)
+    a = _logits(a_ptr, b_ptr, i, inside, n_real, g_ptr.dtype.element_ty)
     _, _, curvature_r = _term(a, _targets(tr_ptr, target_real, i, real, a), TERM_R)
     _, _, curvature_f = _term(a, _targets(tf_ptr, target_fake, i - n_real, inside & (i >= n_real), a), TERM_F)
     curvature_r = curvature_r * _scale(a, n_real, W_R, REDUCTION) if W_R != 0 else tl.zeros_like(a)
     curvature_f = curvature_f * _scale(a, n - n_real, W_F, REDUCTION) if W_F != 0 else tl.zeros_like(a)
     g = tl.load(g_ptr + i, mask=inside, other=0.0) if REDUCTION == 0 else tl.load(g_ptr)
-    c = tl.load(c_ptr + i, mask=inside, other=0.0)
-    tl.store(out_ptr + i, g * c * tl.where(real, curvature_r, curvature_f), mask=inside)
+    d = g * _logits(ca_ptr, cb_ptr, i, inside, n_real, g_ptr.dtype.element_ty) * tl.where(real, curvature_r, curvature_f)
+    if db_ptr is None:
+        tl.store(da_ptr + i, d, mask=inside)
+    else:
+        tl.store(da_ptr + i, d, mask=real)
+        tl.store(db_ptr + (i - n_real), d, mask=inside & (i >= n_real))
 
 
 def gan_loss(
@@ -416,24 +422,29 @@ def gan_loss_grad2(
     targets_fake: Tensor | None,
     reduction: int,
     g: Tensor,
-    c: Tensor,
-) -> Tensor:
-    """g * c * curvature, [N]."""
-    out = torch.empty_like(c)
-    if out.numel() == 0:
-        return out
-    size = min(power_of_two(out.numel()), BLOCK)
+    ca: Tensor,
+    cb: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """g * c * curvature for a and for b ([0] without b), in their dtype."""
+    da = torch.empty_like(a)
+    db = None if b is None else torch.empty_like(b)
+    n = a.numel() + (0 if b is None else b.numel())
+    if n == 0:
+        return da, a.new_empty(0) if db is None else db
+    size = min(power_of_two(n), BLOCK)
     with on_device(a):
-        _grad2_kernel[(ceil_div(out.numel(), size),)](
+        _grad2_kernel[(ceil_div(n, size),)](
             a,
             b,
             targets_real,
             targets_fake,
             g,
-            c,
-            out,
+            ca,
+            cb,
+            da,
+            db,
             n_real,
-            out.numel(),
+            n,
             target_real,
             target_fake,
             TERM_R=term_real,
@@ -443,4 +454,4 @@ def gan_loss_grad2(
             REDUCTION=reduction,
             SIZE=size,
         )
-    return out
+    return da, a.new_empty(0) if db is None else db

@@ -46,9 +46,13 @@ int main() {
     } else if (op == "grad2") {
       const bool g_each = reduction == 0;
       const A* g = job.input<A>(g_each ? n : 1);
-      const A* c = job.input<A>(n);
-      A* out = job.output<A>(n);
-      job.run([&] { gankern::launch_grad2<T>(h, g, g_each, c, out, nullptr); });
+      const T* ca = job.input<T>(n_a);
+      const T* cb = job.input<T>(n_b);
+      T* da = job.output<T>(n_a);
+      T* db = job.output<T>(n_b);
+      job.run([&] {
+        gankern::launch_grad2<T>(h, g, g_each, ca, cb != nullptr ? cb : ca + n_real, da, db != nullptr ? db : da + n_real, nullptr);
+      });
     } else {
       driver::Job::stop("unknown op");
     }

@@ -551,7 +551,7 @@ def test_opcheck(dtype: torch.dtype, reduction: int, pair: bool) -> None:
     common = (a, b, 6, 0, 1.0, 0.0, targets, 0, 1.0, 0.1, None, reduction)
     g = randn(*((10,) if reduction == 0 else ()), seed=3, dtype=accumulated)
     torch.library.opcheck(torch.ops.gankern.gan_loss.default, (*common, 0))
-    torch.library.opcheck(torch.ops.gankern.gan_loss_grad2.default, (*common, g, randn(10, seed=4, dtype=accumulated)))
+    torch.library.opcheck(torch.ops.gankern.gan_loss_grad2.default, (*common, g, a, b))
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------------------
