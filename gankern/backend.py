@@ -132,6 +132,11 @@ def problem(name: str, device_type: str) -> str:
     return triton_problem(device_type) if name == "triton" else ""
 
 
+def preferred(device_type: str) -> str:
+    """The first of "compiled" and "triton" that can run on this device type, else "reference"."""
+    return "compiled" if not compiled_problem(device_type) else "triton" if not triton_problem(device_type) else "reference"
+
+
 def require(op: str, name: str, device_type: str) -> str:
     """Return `name` if it can run, else raise RuntimeError saying why it cannot: a forced backend never falls back."""
     why = problem(name, device_type)

@@ -22,6 +22,7 @@ from gankern import backend
 from gankern.cli import doctor, train
 from gankern.cli.common import Refused
 from gankern.cli.main import main, train_main
+from gankern.cli.probes import PROBES
 from gankern.ops import gan_loss, linear_lrelu
 from gankern.training import PRESETS, TrainConfig
 from gankern.training.trainer import Trainer
@@ -368,10 +369,10 @@ def test_doctor_reports_and_succeeds(capsys: Capture) -> None:
     text = capsys.readouterr().out
     for word in (f"gankern {gankern.__version__}", f"torch {torch.__version__}", "devices", "C++ for CPU", "CUDA", "Triton"):
         assert word in text
-    for op in ("linear_lrelu", "gan_loss"):
-        (line, *_) = [line for line in text.splitlines() if line.strip().startswith(op)]
+    for op in PROBES:
+        (line, *_) = [line for line in text.splitlines() if line.strip().startswith(op.strip())]
         assert any(name in line for name in backend.NAMES)
-        assert "automatic choice" in line or "plain PyTorch calls" in line
+        assert "the automatic choice" in line or "plain PyTorch calls" in line
     if not backend.CPU_PROBLEM:
         assert "stable ABI of torch 2." in text
 
@@ -379,7 +380,7 @@ def test_doctor_reports_and_succeeds(capsys: Capture) -> None:
 def test_doctor_says_what_is_forced(capsys: Capture) -> None:
     with gankern.use_backend("reference"):
         assert main(["doctor"]) == 0
-    assert "linear_lrelu   reference: forced" in capsys.readouterr().out
+    assert "linear_lrelu           reference: forced" in capsys.readouterr().out
 
 
 def test_doctor_fails_on_a_broken_library(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

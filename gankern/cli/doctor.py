@@ -6,12 +6,11 @@ import importlib.metadata
 import platform
 
 import torch
-from torch import Tensor
 
 import gankern
 from gankern import backend
 from gankern.cli.common import Parser, refusing
-from gankern.ops import gan_loss, linear_lrelu
+from gankern.cli.probes import PROBES
 
 
 def command(arguments: list[str]) -> int:
@@ -46,8 +45,11 @@ def command(arguments: list[str]) -> int:
     print(f"  forced       {forced or 'nothing (GANKERN_BACKEND and use_backend are unset)'}")
     for device in devices:
         print(f"\nops on {device}")
+        for name in backend.NAMES:
+            if why := backend.problem(name, device.type):
+                print(f"  ({name} cannot run here: {why})")
         for op, name, why in backends(device):
-            print(f"  {op:<14} {name}: {why}")
+            print(f"  {op:<22} {name}: {why}")
         broken += check(device)
     for line in broken:
         print(f"\nbroken: {line}")
@@ -57,19 +59,16 @@ def command(arguments: list[str]) -> int:
 
 def backends(device: torch.device) -> list[tuple[str, str, str]]:
     """(op, what it runs on, why)."""
-    cannot = "".join(f"; {n} cannot: {why}" for n in backend.NAMES if (why := backend.problem(n, device.type)))
     forced = backend.forced()
     if forced is not None:
         why = backend.problem(forced, device.type)
-        return [(op, forced, f"but it cannot run: {why}" if why else "forced") for op in ("linear_lrelu", "gan_loss")]
-    why = f"automatic choice{cannot}"
-    chosen = {
-        "linear_lrelu": linear_lrelu._choose(device.type, 0.0, 2**16),
-        "  with dropout": linear_lrelu._choose(device.type, 0.5, 2**16),
-        "gan_loss": gan_loss._choose(_logits(16, device)),
+        return [(op, forced, f"but it cannot run: {why}" if why else "forced") for op, probe in PROBES.items() if probe.run]
+    reasons = {
+        "reference": "plain PyTorch calls, measured as the fastest",
+        "torch": "the automatic choice: one pass of plain PyTorch calls",
     }
-    plain = "plain PyTorch calls, measured as the fastest"
-    return [(op, name, f"{plain}{cannot}" if name == "reference" else why) for op, name in chosen.items()]
+    chosen = {op: probe.chosen(device) for op, probe in PROBES.items()}
+    return [(op, name, reasons.get(name, "the automatic choice")) for op, name in chosen.items()]
 
 
 def check(device: torch.device) -> list[str]:
@@ -78,40 +77,19 @@ def check(device: torch.device) -> list[str]:
     for name in backend.NAMES[1:]:
         if backend.problem(name, device.type):
             continue
-        for op in ("linear_lrelu", "gan_loss"):
+        for op, probe in PROBES.items():
+            if probe.run is None:
+                continue
             try:
                 with gankern.use_backend(name):
-                    got = _results(op, device)
+                    got = probe.run(device)
                 with gankern.use_backend("reference"):
-                    want = _results(op, device)
+                    want = probe.run(device)
                 if not all(torch.allclose(a, b, rtol=1e-2, atol=1e-3) for a, b in zip(got, want, strict=True)):
                     wrong.append(f"{op} on {device} with backend {name} differs from the reference")
             except Exception as error:  # whatever a broken build raises is the finding
                 wrong.append(f"{op} on {device} with backend {name}: {type(error).__name__}: {' '.join(str(error).split())}")
     return wrong
-
-
-def _results(op: str, device: torch.device) -> list[Tensor]:
-    if op == "gan_loss":
-        a = _logits(16, device)
-        y = gankern.gan_loss(a, n_real=8).loss
-        return [y.detach(), *torch.autograd.grad(y, a)]
-    x, weight = _layer(16, device, 32)
-    y = gankern.linear_lrelu(x, weight, weight[:, 0])
-    return [y.detach(), *torch.autograd.grad(y.square().sum(), (x, weight))]
-
-
-def _layer(n: int, device: torch.device, width: int) -> tuple[Tensor, Tensor]:
-    return _ramp(n, width, device=device), _ramp(width, width, device=device)
-
-
-def _logits(n: int, device: torch.device) -> Tensor:
-    return _ramp(2 * n, device=device)
-
-
-def _ramp(*shape: int, device: torch.device) -> Tensor:
-    count = torch.Size(shape).numel()
-    return torch.linspace(-1.0, 1.0, count, device=device).reshape(shape).requires_grad_()
 
 
 def _build_facts() -> str:

@@ -100,7 +100,7 @@ def _choose(grad: Tensor) -> str:
     256x784 2.1. On CUDA not yet measured."""
     if torch.compiler.is_compiling():
         return "reference"  # Inductor fuses it
-    return next((name for name in ("compiled", "triton") if not backend.problem(name, grad.device.type)), "reference")
+    return backend.preferred(grad.device.type)
 
 
 def _kernels(name: str) -> ModuleType | Any:

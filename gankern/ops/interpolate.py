@@ -103,7 +103,7 @@ def _choose(real: Tensor) -> str:
     On CUDA not yet measured."""
     if torch.compiler.is_compiling():
         return "reference"  # Inductor fuses it
-    return next((name for name in ("compiled", "triton") if not backend.problem(name, real.device.type)), "reference")
+    return backend.preferred(real.device.type)
 
 
 def _kernels(name: str) -> ModuleType | Any:

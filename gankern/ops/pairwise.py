@@ -249,7 +249,7 @@ def _choose(device: str) -> str:
     """
     if torch.compiler.is_compiling():
         return "reference"
-    return next((name for name in ("compiled", "triton") if not backend.problem(name, device)), "reference")
+    return backend.preferred(device)
 
 
 def _check_samples(op: str, argument: str, value: Any, least: int) -> None:
