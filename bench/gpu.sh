@@ -2,17 +2,17 @@
 # make gpu: all that needs an NVIDIA GPU, in under ten minutes, installing nothing: build, tests, training, benches, sanitizer.
 # Needs nvcc and a python3 (or PYTHON=...) with a CUDA build of torch >= 2.11, triton, numpy, setuptools, pybind11, pytest,
 # pytest-benchmark and pytest-timeout. A step that fails or runs out of time is noted, and the next one starts.
-# Exit status: 0 all steps passed, 1 a step failed, 2 nothing could be run. Results, six files in $OUT (default bench/results):
+# Exit status: 0 all steps passed, 1 a step failed, 2 nothing could be run. Results, files in $OUT (default bench/results):
 #   summary.md (machine, steps, key figures)  bench.md (all tables)  bench_*.json (pytest-benchmark)  logs.txt (output of the steps)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results}
 
-# Seconds a step may take; in all 550. TOTAL cuts the last steps should the others have used up theirs.
+# Seconds a step may take; in all 555. TOTAL cuts the last steps should the others have used up theirs.
 TOTAL=560
-declare -A LIMIT=([build]=80 [doctor]=15 [tests]=130 [train]=25 [command]=25 [train_step]=45 [gan_loss]=50 [linear_lrelu]=125
-                  [memcheck]=30 [racecheck]=25)
+declare -A LIMIT=([build]=85 [doctor]=15 [tests]=140 [train]=20 [command]=20 [train_step]=40 [gan_loss]=35 [linear_lrelu]=60
+                  [mlp_critic]=40 [other_ops]=55 [memcheck]=25 [racecheck]=20)
 
 unset GANKERN_BACKEND TRITON_INTERPRET PYTEST_ADDOPTS
 export PYTHONPATH=. GANKERN_TEST_DEVICE=cuda GANKERN_REQUIRE=compiled,triton PYTHONUNBUFFERED=1
@@ -39,7 +39,7 @@ PY
 command -v nvcc >/dev/null || export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 
 mkdir -p "$OUT" || refuse "\$OUT must be a folder that can be written, got $OUT"
-rm -f "$OUT"/{summary.md,bench.md,logs.txt,bench_linear_lrelu.json,bench_gan_loss.json,bench_train_step.json}
+rm -f "$OUT"/{summary.md,bench.md,logs.txt,bench_linear_lrelu.json,bench_gan_loss.json,bench_train_step.json,bench_mlp_critic.json,bench_other_ops.json}
 work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
 
 {
@@ -86,10 +86,12 @@ step() {
   note "$name" "$result" $((SECONDS - started))
 }
 
+# bench NAME FILE...
 bench() {
-  local seconds=$((LIMIT[$1] - 25))
-  step "$1" "$PYTHON" -m pytest "bench/bench_$1.py" -q --benchmark-quiet --bench-device cuda --bench-seconds $seconds \
-    --benchmark-json "$OUT/bench_$1.json"
+  local name=$1 seconds=$((LIMIT[$1] - 20))
+  shift
+  step "$name" "$PYTHON" -m pytest "$@" -q --benchmark-quiet --bench-device cuda --bench-seconds $seconds \
+    --benchmark-json "$OUT/bench_$name.json"
 }
 
 # The tests that ask on which device they run, wherever they are.
@@ -106,9 +108,12 @@ if "$PYTHON" -c 'import tyro, rich, PIL, safetensors, tensorboard, matplotlib' 2
 else
   note command "skipped (no tyro, rich ...)" 0
 fi
-bench train_step
-bench gan_loss
-bench linear_lrelu
+bench train_step bench/bench_train_step.py
+bench gan_loss bench/bench_gan_loss.py
+bench linear_lrelu bench/bench_linear_lrelu.py
+bench mlp_critic bench/bench_mlp_critic.py
+mapfile -t others < <(ls bench/bench_*.py | grep -vE 'train_step|gan_loss|linear_lrelu|mlp_critic')
+bench other_ops "${others[@]}"
 if command -v compute-sanitizer >/dev/null; then
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   step memcheck compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 "$PYTHON" -m bench.gpu_smoke kernels ops
@@ -125,7 +130,7 @@ jsons=("$OUT"/bench_*.json)
 # Last, and short: the steps, then the key figures.
 figures() {
   grep -h 'images/s' "$work/train.log" 2>/dev/null
-  for name in tests train_step gan_loss linear_lrelu; do
+  for name in tests train_step gan_loss linear_lrelu mlp_critic other_ops; do
     printf '\n%s: %s\n' "$name" "$(tail -n 1 "$work/$name.log" 2>/dev/null)"
     [ ! -f "$OUT/bench_$name.json" ] || "$PYTHON" -m bench.report "$OUT/bench_$name.json" --limit 8
   done

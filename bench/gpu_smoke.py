@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from gankern import backend, data, gan_loss, linear_lrelu, use_backend
+from gankern.cli import doctor
+from gankern.cli.probes import PROBES
 from gankern.training import PRESETS, Trainer
 
 DEVICE = torch.device("cuda")
@@ -18,7 +20,7 @@ BACKENDS = ("compiled", "triton")
 
 
 def kernels() -> None:
-    """Both kernels of each op and backend, no matrix product among them: what a race checker should look at."""
+    """The kernels of each op and backend, no library's product among them: what a race checker should look at."""
     for name in BACKENDS:
         for rows, columns in ((3, 5), (64, 256), (300, 1000)):
             z, bias = torch.randn(rows, columns, device=DEVICE), torch.randn(columns, device=DEVICE)
@@ -33,6 +35,10 @@ def kernels() -> None:
                 for relative in range(3):
                     namespace(name, "gan_loss").gan_loss(*arguments, relative)
                 namespace(name, "gan_loss").gan_loss_grad2(*arguments, g if reduction else c, c, None)
+        with use_backend(name):
+            for op, probe in PROBES.items():
+                if probe.run is not None and op not in ("linear_lrelu", "mlp_critic", "mmd2"):
+                    probe.run(DEVICE)
         torch.cuda.synchronize()
         print(f"{name}: all kernels ran")
 
@@ -42,7 +48,9 @@ def namespace(name: str, op: str) -> ModuleType | Any:
 
 
 def ops() -> None:
-    """linear_lrelu into gan_loss, and through the gradient once more, as a gradient penalty does."""
+    """Every op with its gradients; and linear_lrelu into gan_loss, through the gradient once more, as a gradient penalty does."""
+    wrong = doctor.check(DEVICE)
+    assert not wrong, "; ".join(wrong)
     for name in BACKENDS:
         with use_backend(name):
             for dtype in (torch.float32, torch.bfloat16):

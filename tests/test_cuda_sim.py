@@ -420,7 +420,9 @@ def compare_loss(case: Case, launches: int = 1) -> None:
     curved = torch.autograd.grad(torch.cat(slopes), leaves, g_each * c.double()) if n else leaves
     ca, cb = (c, None) if case.b is None else c.split((case.a.numel(), case.b.numel()))
     halves = [t for t in (case.a, case.b) if t is not None]
-    out, count = run("gan_loss", "grad2", *case.words, inputs=(*case.inputs, g, ca, cb), outputs=[((t.numel(),), t.dtype) for t in halves])
+    out, count = run(
+        "gan_loss", "grad2", *case.words, inputs=(*case.inputs, g, ca, cb), outputs=[((t.numel(),), t.dtype) for t in halves]
+    )
     assert count == (n > 0)
     close(torch.cat(out), torch.cat(curved).detach())
 

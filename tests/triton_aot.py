@@ -77,8 +77,9 @@ def gan_loss_cases(sm: int) -> Iterator[Case]:
             yield f"{name} relative {relative}", partial(losses.gan_loss, a, None, half, *numbers, relative)
         yield f"{name} grad2", partial(losses.gan_loss_grad2, a, None, half, *numbers, one, a, None)
         if dtype == torch.float32:
-            yield f"{name} two halves", partial(losses.gan_loss, a[:half], a[half:], half, *tensors, 0)
-            yield f"{name} two halves grad2", partial(losses.gan_loss_grad2, a[:half], a[half:], half, *tensors, c, a[:half], a[half:])
+            halves = a[:half], a[half:]
+            yield f"{name} two halves", partial(losses.gan_loss, *halves, half, *tensors, 0)
+            yield f"{name} two halves grad2", partial(losses.gan_loss_grad2, *halves, half, *tensors, c, *halves)
     for code in range(1, 10):  # every other term, mixing what real and fake samples pay
         part = (code, 1.0, 0.9, None)
         a, one = torch.zeros(256), torch.ones(())
