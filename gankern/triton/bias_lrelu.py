@@ -31,7 +31,7 @@ def _act_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """y [M, N]. The channel is the column, or BY_ROW the row modulo `channels`. Program (i, j) takes ROWS rows and COLUMNS columns."""
+    """y [M, N], the channel being the column, or BY_ROW the row modulo `channels`. A program takes ROWS x COLUMNS."""
     COMPUTE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -66,7 +66,7 @@ def _grad_kernel(dy_ptr, y_ptr, dx_ptr, numel, SLOPE: tl.constexpr, BLOCK: tl.co
 
 @triton.jit(do_not_specialize=["steps"])
 def _grad_rows_kernel(dy_ptr, y_ptr, dx_ptr, sums_ptr, M, N, steps, SLOPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """dx [M, N], the channel being the column. Program (i, j) takes steps * ROWS rows and COLUMNS columns: sums [programs(0), N]."""
+    """dx [M, N], the channel being the column. A program sums steps * ROWS rows and COLUMNS columns: sums [programs(0), N]."""
     COMPUTE: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
     column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros((ROWS, COLUMNS), COMPUTE)
@@ -91,7 +91,7 @@ def _grad_planes_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """dx [outer, channels, inner]. Program (c, i) takes `steps` tiles of ROWS samples and COLUMNS pixels: sums [programs(1), channels]."""
+    """dx [outer, channels, inner]. Program (c, i) sums `steps` tiles of ROWS samples x COLUMNS pixels: sums [*, channels]."""
     COMPUTE: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
     c = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(inner, COLUMNS)

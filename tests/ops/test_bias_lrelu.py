@@ -1,8 +1,7 @@
-"""bias_lrelu on every backend, and the layers made of it: values, derivatives up to the third order, layouts, torch.func, torch.compile."""
+"""bias_lrelu on every backend: values, derivatives up to the third order, memory layouts, torch.func, torch.compile, bad input."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import gankern
 from gankern.ops import bias_lrelu as op
