@@ -70,9 +70,7 @@ class Epilogue(OpGroup):
 
     compile = False
 
-    def __init__(
-        self, settings: Settings, kind: str, which: str, size: str, last: bool, dtype: str, compile: bool, work: Work
-    ) -> None:
+    def __init__(self, settings: Settings, kind: str, which: str, size: str, last: bool, dtype: str, work: Work) -> None:
         rivals = [EAGER, *gankern_rivals(settings.device)]
         if which != "double" and (settings.all_rivals or self.compile):
             rivals.insert(1, COMPILE)

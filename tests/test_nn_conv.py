@@ -217,6 +217,23 @@ def test_compile_fullgraph(name: str | None, case: str, monkeypatch: pytest.Monk
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+def test_compile_with_inductor(last: bool) -> None:
+    """Two layers through the whole of torch.compile, which chooses memory layouts itself."""
+    need("compiled")
+    torch.compiler.reset()
+    form = torch.channels_last if last else torch.contiguous_format
+    layers = nn.Sequential(gankern.nn.ConvLeakyReLU2d(4, 6, 3), gankern.nn.ConvLeakyReLU2d(6, 5, 3)).to(DEVICE, memory_format=form)
+    x = randn(3, 4, 9, 9, seed=1, dtype=torch.float32).contiguous(memory_format=form).requires_grad_()
+    results = []
+    for name, network in (("compiled", torch.compile(layers, fullgraph=True)), ("reference", layers)):
+        with gankern.use_backend(name):
+            y = network(x * 1.5 + 0.3)
+            results.append([y, *torch.autograd.grad(y.sin().sum(), [x, *layers.parameters()])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_ensembles_by_vmap(backend: str) -> None:
     ours, theirs, x = make("2d")
     parameters = [torch.stack([p.detach(), 2 * p.detach()]) for p in theirs.parameters()]
