@@ -197,8 +197,8 @@ def test_no_zeros_are_convolved_in_a_gradient_penalty() -> None:
             g.square().sum().backward()
         return products.count
 
-    ours = gankern.nn.ConvLeakyReLU2d(64, 64, 4, 2, 1)
-    eager = nn.Sequential(nn.Conv2d(64, 64, 4, 2, 1), nn.LeakyReLU(0.2))
+    ours = gankern.nn.ConvLeakyReLU2d(64, 64, 4, 2, 1, device=DEVICE)
+    eager = nn.Sequential(nn.Conv2d(64, 64, 4, 2, 1, device=DEVICE), nn.LeakyReLU(0.2))
     assert count(ours) < count(eager)
 
 
