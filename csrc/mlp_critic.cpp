@@ -45,16 +45,16 @@ GK_HD A mask_of(A y, A slope, const uint8_t* bits, int64_t column, A scale) {
 
 // d = m * d, and sums += factor * d where there are sums
 template <bool kKeep, typename T>
-GK_HD void adjoint_row(T* d, const T* y, const uint8_t* bits, acc_t<T>* sums, acc_t<T> factor, int64_t first, int64_t n, acc_t<T> slope, acc_t<T> scale) {
+GK_HD void adjoint_row(T* d, const T* y, const uint8_t* bits, acc_t<T>* sums, acc_t<T> factor, int64_t n, acc_t<T> slope, acc_t<T> scale) {
   using A = acc_t<T>;
   if (sums != nullptr) {
     for (int64_t i = 0; i < n; ++i) {
-      const A v = static_cast<A>(d[i]) * mask_of<kKeep>(static_cast<A>(y[i]), slope, bits, first + i, scale);
+      const A v = static_cast<A>(d[i]) * mask_of<kKeep>(static_cast<A>(y[i]), slope, bits, i, scale);
       d[i] = static_cast<T>(v);
       sums[i] += factor * v;
     }
   } else {
-    for (int64_t i = 0; i < n; ++i) d[i] = static_cast<T>(static_cast<A>(d[i]) * mask_of<kKeep>(static_cast<A>(y[i]), slope, bits, first + i, scale));
+    for (int64_t i = 0; i < n; ++i) d[i] = static_cast<T>(static_cast<A>(d[i]) * mask_of<kKeep>(static_cast<A>(y[i]), slope, bits, i, scale));
   }
 }
 
@@ -108,10 +108,10 @@ GK_HD void seed_row(T* g, T* x, const acc_t<T>* factor, acc_t<T> c, int64_t n) {
 // The instruction-set clones of the loops above (the attribute does not go on templates).
 #define GK_ROWS(T)                                                                                                                            \
   GK_CLONES void activate(T* y, const T* bias, int64_t n, acc_t<T> slope) { activate_row<T>(y, bias, n, slope); }                             \
-  GK_CLONES void adjoint(T* d, const T* y, const uint8_t* bits, acc_t<T>* sums, acc_t<T> factor, int64_t first, int64_t n, acc_t<T> slope,     \
+  GK_CLONES void adjoint(T* d, const T* y, const uint8_t* bits, acc_t<T>* sums, acc_t<T> factor, int64_t n, acc_t<T> slope,     \
                          acc_t<T> scale) {                                                                                                    \
-    if (bits != nullptr) adjoint_row<true, T>(d, y, bits, sums, factor, first, n, slope, scale);                                              \
-    else adjoint_row<false, T>(d, y, nullptr, sums, factor, first, n, slope, scale);                                                          \
+    if (bits != nullptr) adjoint_row<true, T>(d, y, bits, sums, factor, n, slope, scale);                                              \
+    else adjoint_row<false, T>(d, y, nullptr, sums, factor, n, slope, scale);                                                          \
   }                                                                                                                                           \
   GK_CLONES void tangent(T* t, T* y, const uint8_t* bits, const acc_t<T>* factor, int64_t n, acc_t<T> slope, acc_t<T> scale) {                \
     if (bits != nullptr) tangent_row<true, T>(t, y, bits, factor, n, slope, scale);                                                           \
@@ -164,32 +164,19 @@ Tensor mlp_critic_adjoint(Tensor d, const Tensor& y, const Tensor& bits, double 
     T *into = mutable_data<T>(d), *column_sums = mutable_data<T>(dbias);
     const T* out = data<T>(y);
     const A* factors = factor.has_value() ? data<A>(*factor) : nullptr;
-    // A strip of columns, all rows that are summed: the result does not depend on the number of threads. Runs of 128 rows are summed by
-    // themselves first, which keeps the rounding error small. The other rows are done as the last "strips", 128 rows each.
-    constexpr int64_t kStrip = 128, kRun = 128;
-    const int64_t strips = (columns + kStrip - 1) / kStrip, rest = columns > 0 ? (rows - bias_rows + kRun - 1) / kRun : 0;
-    const int64_t share = std::max<int64_t>(1, kGrain / (kStrip * std::max<int64_t>(1, std::max(bias_rows, std::min(columns, rows - bias_rows)))));
-    torch::stable::parallel_for(0, strips + rest, share, [&](int64_t begin, int64_t end) {
-      for (int64_t strip = begin; strip < end; ++strip) {
-        if (strip >= strips) {
-          const int64_t top = bias_rows + (strip - strips) * kRun;
-          for (int64_t m = top; m < std::min(rows, top + kRun); ++m)
-            adjoint(into + m * columns, out + m * columns, mask == nullptr ? nullptr : mask + m * bytes, nullptr, A(0), 0, columns, slope, scale);
-          continue;
-        }
-        const int64_t first = strip * kStrip, n = std::min(kStrip, columns - first);
-        A total[kStrip] = {}, run[kStrip];
-        for (int64_t top = 0; top < bias_rows; top += kRun) {
-          std::fill(run, run + n, A(0));
-          for (int64_t m = top; m < std::min(bias_rows, top + kRun); ++m) {
-            const int64_t at = m * columns + first;
-            adjoint(into + at, out + at, mask == nullptr ? nullptr : mask + m * bytes, run, factors == nullptr ? A(1) : factors[m], first, n, slope,
-                    scale);
-          }
-          for (int64_t i = 0; i < n; ++i) total[i] += run[i];
-        }
-        for (int64_t i = 0; i < n; ++i) column_sums[first + i] = static_cast<T>(total[i]);
-      }
+    // Runs of 32 rows, each with sums of its own, which are added in their order: the result does not depend on the number of threads.
+    constexpr int64_t kRun = 32;
+    std::vector<A> sums(static_cast<size_t>((bias_rows + kRun - 1) / kRun * columns));
+    torch::stable::parallel_for(0, (rows + kRun - 1) / kRun, grain_for(kRun * columns), [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin * kRun; m < std::min(rows, end * kRun); ++m)
+        adjoint(into + m * columns, out + m * columns, mask == nullptr ? nullptr : mask + m * bytes,
+                m < bias_rows ? sums.data() + m / kRun * columns : nullptr, factors == nullptr || m >= bias_rows ? A(1) : factors[m], columns, slope, scale);
+    });
+    torch::stable::parallel_for(0, columns, kGrain, [&](int64_t begin, int64_t end) {
+      std::vector<A> total(static_cast<size_t>(end - begin));
+      for (int64_t run = 0; run * kRun < bias_rows; ++run)
+        for (int64_t i = begin; i < end; ++i) total[static_cast<size_t>(i - begin)] += sums[static_cast<size_t>(run * columns + i)];
+      for (int64_t i = begin; i < end; ++i) column_sums[i] = static_cast<T>(total[static_cast<size_t>(i - begin)]);
     });
   });
   return dbias;
