@@ -260,15 +260,17 @@ void copy_rows(const Tensor& into, int64_t first, const Tensor& from) {
   torch::stable::copy_(part, from);
 }
 
-// a b, and x wᵀ + bias
+// a b, and into `out` x wᵀ + bias
 Tensor product(const Tensor& a, const Tensor& b) {
   const Tensor out = empty(a, {a.size(0), b.size(1)}, a.scalar_type());
   return take(call("aten::mm", "out", a, b, out)[0]);
 }
 
-Tensor linear(const Tensor& x, const Tensor& w, const Maybe& bias) {
-  const Tensor out = empty(x, {x.size(0), w.size(0)}, x.scalar_type());
-  return take(call("aten::linear", "out", x, w, bias, out)[0]);
+void linear(const Tensor& out, const Tensor& x, const Tensor& w, const Maybe& bias) { take(call("aten::linear", "out", x, w, bias, out)[0]); }
+
+// share * real + (1 - share) * fake into `out`, for n rows each
+void between(const Tensor& out, const Tensor& real, const Tensor& fake, const Tensor& share) {
+  take(call("aten::lerp", "Tensor_out", fake, real, share, out)[0]);
 }
 
 // y = LeakyReLU(y + bias) in place, on the CPU
@@ -286,10 +288,14 @@ void activate(Tensor& y, const Maybe& bias, double slope) {
   });
 }
 
-// The output of a hidden layer and its dropout bits. The product adds the bias itself in 16 bits, before it rounds, as eager does.
-std::tuple<Tensor, Tensor> layer(const Tensor& x, const Tensor& w, const Maybe& bias, double slope, double p, const Maybe& seed) {
+// The output of a hidden layer and its dropout bits. Where there is a share the last rows of x are not read: they lie between the first two
+// times as many, and so do their rows of the product. In 16 bits the product adds the bias itself, before it rounds, as eager does.
+std::tuple<Tensor, Tensor> layer(const Tensor& x, const Tensor& w, const Maybe& bias, double slope, double p, const Maybe& seed, const Maybe& share) {
   const bool inside = x.element_size() == 2;
-  Tensor z = linear(x, w, inside ? bias : Maybe());
+  const int64_t rows = x.size(0), extra = share.has_value() ? share->size(0) : 0;
+  Tensor z = empty(x, {rows, w.size(0)}, x.scalar_type());
+  linear(rows_of(z, 0, rows - extra), rows_of(x, 0, rows - extra), w, inside ? bias : Maybe());
+  if (share.has_value()) between(rows_of(z, 2 * extra, extra), rows_of(z, 0, extra), rows_of(z, extra, extra), *share);
   Maybe outside;
   if (!inside && bias.has_value()) outside = torch::stable::contiguous(*bias);
   if (z.is_cpu() && p <= 0.0) {
@@ -359,23 +365,27 @@ std::vector<Tensor> mlp_critic_pass(const Maybe& real, const Maybe& fake, const 
   const bool inside = penalise && first < judged;
   check(first >= 0 && count >= 0 && first + count <= rows, kPass, "first and count", "be rows of the batch");
 
-  // [real; fake; points between them]
+  // [real; fake; x̂], where x̂ between real and fake need not be known: only what the first layer makes of them
   const Tensor x = empty(last, {rows, weights[0].size(1)}, dtype);
   if (judge) copy_rows(x, 0, *real);
   if (judge) copy_rows(x, n_real, *fake);
   if (x_hat.has_value()) copy_rows(x, judged, *x_hat);
+  Maybe share;
   if (eps.has_value()) {
     const ScalarType exact = real->scalar_type();
-    const Tensor share = torch::stable::to(torch::stable::reshape(*eps, {n_real, 1}), exact);
-    Tensor between = exact == dtype ? rows_of(x, judged, n_real) : empty(x, {n_real, x.size(1)}, exact);
-    take(call("aten::lerp", "Tensor_out", *fake, *real, share, between)[0]);
-    if (exact != dtype) copy_rows(x, judged, between);
+    share = torch::stable::to(torch::stable::reshape(*eps, {n_real, 1}), exact);
+    if (last.element_size() == 2) {  // rounded, the products of real and fake would make those of x̂ coarser
+      const Tensor points = empty(x, {n_real, x.size(1)}, exact);
+      between(points, *real, *fake, *share);
+      copy_rows(x, judged, points);
+      share.reset();
+    }
   }
 
   // forward
   std::vector<Tensor> h{x}, bits;
   for (size_t i = 0; i < seeds.size(); ++i) {
-    auto [y, kept] = layer(h[i], weights[i], biases[i], slopes[i], p[i], seeds[i]);
+    auto [y, kept] = layer(h[i], weights[i], biases[i], slopes[i], p[i], seeds[i], i == 0 ? share : Maybe());
     h.push_back(y);
     bits.push_back(kept);
   }
@@ -384,7 +394,8 @@ std::vector<Tensor> mlp_critic_pass(const Maybe& real, const Maybe& fake, const 
   Tensor adversarial, stats, slope, d;
   Maybe seed, factor, row_factor;
   if (judge) {
-    const Tensor logits = linear(rows_of(h.back(), 0, judged), last, biases.back());
+    const Tensor logits = empty(last, {judged, 1}, dtype);
+    linear(logits, rows_of(h.back(), 0, judged), last, biases.back());
     const int64_t mean = 1;
     auto out = call("gankern::gan_loss", "", logits, Maybe(), n_real, term_real, weight_real, target_real, targets_real, term_fake, weight_fake,
                     target_fake, targets_fake, mean, relative);
@@ -422,7 +433,9 @@ std::vector<Tensor> mlp_critic_pass(const Maybe& real, const Maybe& fake, const 
     penalty = take(out[0]), norms = take(out[1]);
     Tensor t = inside ? g : rows_of(x, first, count);
     for (size_t i = 0; i < adjoints.size(); ++i) {
-      t = linear(t, weights[i], Maybe());
+      const Tensor u = empty(last, {count, weights[i].size(0)}, dtype);
+      linear(u, t, weights[i], Maybe());
+      t = u;
       call("gankern::mlp_critic_tangent", "", t, h[i + 1], bits[i], slopes[i], p[i], first, factor);
       if (!inside) t = rows_of(h[i + 1], first, count);
     }
