@@ -260,13 +260,17 @@ void copy_rows(const Tensor& into, int64_t first, const Tensor& from) {
   torch::stable::copy_(part, from);
 }
 
-// a b, and into `out` x wᵀ + bias
+Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+
+// a b, and into `out` x wᵀ + bias. Through the dispatcher, 1.7 us a call (aoti_torch_cpu_mm_out: 0.7 us): for any device, and profilers see it.
 Tensor product(const Tensor& a, const Tensor& b) {
   const Tensor out = empty(a, {a.size(0), b.size(1)}, a.scalar_type());
   return take(call("aten::mm", "out", a, b, out)[0]);
 }
 
-void linear(const Tensor& out, const Tensor& x, const Tensor& w, const Maybe& bias) { take(call("aten::linear", "out", x, w, bias, out)[0]); }
+void linear(const Tensor& out, const Tensor& x, const Tensor& w, const Maybe& bias) {
+  take(bias.has_value() ? call("aten::linear", "out", x, w, bias, out)[0] : call("aten::mm", "out", x, transposed(w), out)[0]);
+}
 
 // share * real + (1 - share) * fake into `out`, for n rows each
 void between(const Tensor& out, const Tensor& real, const Tensor& fake, const Tensor& share) {
@@ -449,7 +453,7 @@ std::vector<Tensor> mlp_critic_pass(const Maybe& real, const Maybe& fake, const 
   for (size_t i = 0; i < wanted.size(); ++i) {
     if (!wanted[i]) continue;
     Tensor grad;
-    if (i < adjoints.size()) grad = product(torch::stable::transpose(adjoints[i], 0, 1), h[i]);
+    if (i < adjoints.size()) grad = product(transposed(adjoints[i]), h[i]);
     else if (i == adjoints.size()) grad = judge ? product(torch::stable::reshape(*seed, {1, rows}), h.back()) : torch::stable::sum(h.back(), kRows, true);
     else if (i + 1 < wanted.size()) grad = dbias[i - weights.size()];
     else grad = torch::stable::sum(slope, kRows, true);

@@ -510,11 +510,16 @@ def _step_fake(
 ) -> list[Tensor]:  # fmt: skip
     *fields, autocast = settings
     job = Job._make(fields)
-    dtype = accumulate(weights[0].dtype if autocast is None else getattr(torch, autocast))
-    rows, like = _rows(job, real, fake, x_hat), weights[0]
-    sizes: list[tuple[int, ...]] = [(), (), (), (rows.penalised,), (3,)]
-    outputs = [like.new_empty(size, dtype=dtype) for size in sizes]
-    return outputs + [torch.empty_like(t) for t, w in zip((*weights, *biases), job.wanted, strict=True) if w and t is not None]
+    dtype = None if autocast is None else getattr(torch, autocast)
+    return _fake_outputs(_rows(job, real, fake, x_hat).penalised, weights, biases, job.wanted, dtype)
+
+
+def _fake_outputs(
+    penalised: int, weights: list[Tensor], biases: list[Tensor | None], wanted: Sequence[bool], autocast: torch.dtype | None
+) -> list[Tensor]:
+    like, dtype = weights[0], accumulate(autocast or weights[0].dtype)
+    outputs = [like.new_empty(size, dtype=dtype) for size in ((), (), (), (penalised,), (3,))]
+    return outputs + [torch.empty_like(t) for t, w in zip((*weights, *biases), wanted, strict=True) if w and t is not None]
 
 
 _library.impl("mlp_critic_step", _step, "CompositeExplicitAutograd")
@@ -601,3 +606,11 @@ if not backend.CPU_PROBLEM:
     ) -> tuple[Tensor, Tensor]:
         dtype = accumulate(g.dtype)
         return g.new_empty((), dtype=dtype), g.new_empty(len(g), dtype=dtype)
+
+    @torch.library.register_fake("gankern::mlp_critic_pass")
+    def _(
+        real: Tensor | None, fake: Tensor | None, x_hat: Tensor | None, eps: Tensor | None, seeds: list[Tensor | None],
+        weights: list[Tensor], biases: list[Tensor | None], *settings: Any,
+    ) -> list[Tensor]:  # fmt: skip
+        *_, penalised, _, _, _, wanted, autocast = settings
+        return _fake_outputs(penalised, weights, biases, wanted, autocast)
