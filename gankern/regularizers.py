@@ -85,10 +85,10 @@ def gradient_penalty(
     | DRAGAN | `sample="dragan"` | real + 0.5 std(real) U, U uniform in [0, 1) for each element, std over the whole batch |
 
     The critic runs once, forward and backward, and its parameters get no gradient product in that pass: only the backward pass of
-    the returned penalty makes those. A critic that `gankern.nn.mlp_problem` has nothing against is not run at all where its penalty is
-    faster in closed form (CPU, float32 and float64; `mlp_critic_penalty`): the same numbers, 4 (L - 1) products for L layers with all
-    gradients. `real` and `fake` are detached: the penalty trains the critic alone. A critic that mixes
-    samples (BatchNorm) has no gradient of a sample by itself; use a norm that does not, as the paper says.
+    the returned penalty makes those. An MLP critic (`gankern.nn.mlp_problem`) without dropout, of float32 or float64 on the CPU, is
+    not run at all where the closed form of its penalty is faster: the same numbers, in 4 (L - 1) products for L layers with all
+    gradients. `real` and `fake` are detached: the penalty trains the critic alone. A critic that mixes samples (BatchNorm) has no
+    gradient of a sample by itself; use a norm that does not, as the paper says.
 
     - Autocast: the critic runs in the autocast dtype, its input gradient and the penalty are float32. With float16 small gradients
       may underflow: use bfloat16.
@@ -210,7 +210,9 @@ def _closed_form(critic: Any, x: Tensor, target: Any, sided: str, weight: Any) -
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return None
-    if not (isinstance(critic, nn.Sequential) and x.is_cpu and x.dtype in (torch.float32, torch.float64) and torch.is_grad_enabled()):
+    if not (
+        isinstance(critic, nn.Sequential) and x.is_cpu and x.dtype in (torch.float32, torch.float64) and torch.is_grad_enabled()
+    ):
         return None
     if torch.is_autocast_enabled("cpu") or backend.forced() not in (None, "compiled") or backend.CPU_PROBLEM:
         return None

@@ -144,7 +144,7 @@ class CountProducts(TorchDispatchMode):
 
 
 class ProfileProducts:
-    """Counts the matrix products that run inside the `with` block, by PyTorch's profiler: also those that an operator makes inside."""
+    """Counts the matrix products that run inside the `with` block, by the profiler: those inside operators too."""
 
     def __enter__(self) -> ProfileProducts:
         self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])

@@ -149,10 +149,10 @@ class MLPCritic(nn.Sequential):
             super().__init__(*layers)
         mlp_layers(self)
 
-    def forward(self, x: Tensor, fake: Tensor | None = None, *settings: Any, **options: Any) -> Any:
+    def forward(self, input: Tensor, fake: Tensor | None = None, *settings: Any, **options: Any) -> Any:
         if fake is not None:
-            return self.critic_loss(x, fake, *settings, **options)
-        return super().forward(x.flatten(1), *settings, **options)
+            return self.critic_loss(input, fake, *settings, **options)
+        return super().forward(input.flatten(1), *settings, **options)
 
     def critic_loss(self, real: Tensor, fake: Tensor, objective: str = "non-saturating", **options: Any) -> MLPCriticLoss:
         """`gankern.mlp_critic` with this critic's layers; `options` are its keyword arguments from `real_label` on."""

@@ -58,6 +58,29 @@ class Rows(NamedTuple):
 Results = tuple[Tensor, Tensor, Tensor, Tensor, list[Any]]  # adversarial, penalty, norms, statistics, gradients
 
 
+def rows_of(job: Job, real: Tensor | None, fake: Tensor | None, x_hat: Tensor | None) -> Rows:
+    n_real = 0 if real is None else len(real)
+    judged = n_real + (0 if fake is None else len(fake))
+    if not job.penalises:
+        return Rows(n_real, judged, judged, 0)
+    first = {"real": 0, "fake": n_real}.get(job.sample, judged)
+    count = {"real": n_real, "fake": judged - n_real, "line": n_real}.get(job.sample, 0 if x_hat is None else len(x_hat))
+    return Rows(n_real, judged, first, count)
+
+
+def batch(real: Tensor | None, fake: Tensor | None, x_hat: Tensor | None, eps: Tensor | None) -> Tensor:
+    """[real; fake; x̂], a fresh [R, K], of matrices."""
+    given = [t for t in (real, fake, x_hat) if t is not None]
+    if eps is None:
+        return torch.cat(given)
+    a, b = given
+    n = len(a)
+    x = a.new_empty(3 * n, a.shape[1])
+    torch.cat(given, out=x[: 2 * n])
+    torch.lerp(b, a, eps.reshape(n, 1).to(a.dtype), out=x[2 * n :])
+    return x
+
+
 def nothing(x: Tensor) -> tuple[Tensor, Tensor]:
     """The adversarial loss and the statistics of a penalty alone."""
     acc = accumulate(x.dtype)
@@ -68,7 +91,11 @@ def one_pass(
     job: Job, rows: Rows, x: Tensor, seeds: Sequence[Tensor | None], weights: list[Tensor], biases: list[Tensor | None],
     labels: tuple[Label, Label],
 ) -> Results:  # fmt: skip
-    run, hidden, last = (_PLAIN if job.name == "torch" else importlib.import_module("gankern.triton.mlp_critic")), job.layers - 1, weights[-1]
+    run, hidden, last = (
+        (_PLAIN if job.name == "torch" else importlib.import_module("gankern.triton.mlp_critic")),
+        job.layers - 1,
+        weights[-1],
+    )
     grads: list[Any] = [None] * (2 * job.layers)
     # forward
     h, bits = [x], []

@@ -22,9 +22,11 @@ written in place; bits as in `linear_lrelu`, m(y, bits) its dropout factor times
         rows first ... first + P - 1: y = m(y, bits) * t; with a factor t = m(y, bits) * t, y = factor * y + t
     mlp_critic_seed(g! [P, K], x! [R, K], first, factor [P] | None, weight, target, one_sided) -> penalty, norms [P]
         rows likewise: x = v; with a factor g = v, x = factor * x + v
-In C++ alone, which drives these three, `linear_lrelu_act`, `gan_loss` and the products (elsewhere `_one_pass.py` does):
-    mlp_critic_pass(real, fake, x_hat, eps, seeds, weights, biases, slopes, p, <gan_loss's ten from term_real on>, penalise, first, count,
-                    weight, target, one_sided, wanted, autocast) -> loss, adversarial, penalty, norms, stats, gradients that are wanted
+In C++ one operator more drives these, `linear_lrelu_act`, `gan_loss` and the products; elsewhere `_one_pass.py` does:
+    mlp_critic_pass(real, fake, x_hat, eps, seeds, weights, biases, slopes, p, <gan_loss's eight from term_real on>, relative,
+                    penalise, first, count, weight, target, one_sided, wanted, autocast)
+        -> loss, adversarial, penalty, norms, stats, then the gradients that are wanted
+It makes the first layer of x̂ = eps real + (1 - eps) fake from that of real and fake, but for 16 bits: a sixteenth of the work less.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from gankern import backend, checks
 from gankern.ops import linear_lrelu as layer
 from gankern.ops._layout import accumulate
 from gankern.ops._objectives import NOTHING, OBJECTIVES, Label, Spec
-from gankern.ops._one_pass import Job, Results, Rows, nothing, one_pass
+from gankern.ops._one_pass import Job, Results, Rows, batch, nothing, one_pass, rows_of
 from gankern.ops._philox import draw_seed
 from gankern.ops.gan_loss import gan_loss, settle
 
@@ -52,7 +54,7 @@ OP = "mlp_critic"
 SAMPLES = ("line", "real", "fake")
 SIDED = ("one", "two")
 Numbers = float | Sequence[float]
-_NO_LOSS = Spec(NOTHING, NOTHING, 1)
+_NO_LOSS = (*Spec(NOTHING, NOTHING, 1).arguments(None, None)[:-1], 0)
 
 
 class MLPCriticLoss:
@@ -296,29 +298,6 @@ def _call(
 # --- the pass --------------------------------------------------------------------------------------------------------------------
 
 
-def _rows(job: Job, real: Tensor | None, fake: Tensor | None, x_hat: Tensor | None) -> Rows:
-    n_real = 0 if real is None else len(real)
-    judged = n_real + (0 if fake is None else len(fake))
-    if not job.penalises:
-        return Rows(n_real, judged, judged, 0)
-    first = {"real": 0, "fake": n_real}.get(job.sample, judged)
-    count = {"real": n_real, "fake": judged - n_real, "line": n_real}.get(job.sample, 0 if x_hat is None else len(x_hat))
-    return Rows(n_real, judged, first, count)
-
-
-def _batch(real: Tensor | None, fake: Tensor | None, x_hat: Tensor | None, eps: Tensor | None) -> Tensor:
-    """[real; fake; x̂], a fresh [R, K], of matrices."""
-    given = [t for t in (real, fake, x_hat) if t is not None]
-    if eps is None:
-        return torch.cat(given)
-    a, b = given
-    n = len(a)
-    x = a.new_empty(3 * n, a.shape[1])
-    torch.cat(given, out=x[: 2 * n])
-    torch.lerp(b, a, eps.reshape(n, 1).to(a.dtype), out=x[2 * n :])
-    return x
-
-
 def _compute(
     job: Job, autocast: torch.dtype | None, inputs: Sequence[Tensor | None], seeds: Sequence[Tensor | None], weights: list[Tensor],
     biases: list[Tensor | None],
@@ -326,23 +305,23 @@ def _compute(
     """loss, adversarial, penalty, norms, stats, then the gradients that are wanted."""
     *samples, eps, real_labels, fake_labels = inputs
     real, fake, x_hat = (t if t is None or t.dim() == 2 else t.flatten(1) for t in samples)
-    rows = _rows(job, real, fake, x_hat)
+    rows = rows_of(job, real, fake, x_hat)
     labels: tuple[Label, Label] = (
         job.real_label if real_labels is None else real_labels,
         job.fake_label if fake_labels is None else fake_labels,
     )
     if job.name == "compiled":
-        spec, targets = _NO_LOSS, (None, None)
+        loss: tuple[Any, ...] = _NO_LOSS
         if real is not None:
             logits = real.new_empty(rows.judged)
             spec, targets = settle(logits, None, rows.real, (True, True), job.objective, "discriminator", *labels)
-        *loss, _ = spec.arguments(*targets)
+            loss = (*spec.arguments(*targets)[:-1], spec.relative)
         outputs = torch.ops.gankern.mlp_critic_pass(
-            real, fake, x_hat, eps, seeds, weights, biases, job.slopes, job.p, *loss, spec.relative, job.penalises, rows.first,
+            real, fake, x_hat, eps, seeds, weights, biases, job.slopes, job.p, *loss, job.penalises, rows.first,
             rows.penalised, job.weight, job.target, job.one_sided, job.wanted, autocast,
         )  # fmt: skip
         return tuple(outputs)
-    x = _batch(real, fake, x_hat, eps)
+    x = batch(real, fake, x_hat, eps)
     dtypes = [None if t is None else t.dtype for t in (*weights, *biases)]
     if autocast is not None:
         x, weights = x.to(autocast), [w.to(autocast) for w in weights]
@@ -511,7 +490,7 @@ def _step_fake(
     *fields, autocast = settings
     job = Job._make(fields)
     dtype = None if autocast is None else getattr(torch, autocast)
-    return _fake_outputs(_rows(job, real, fake, x_hat).penalised, weights, biases, job.wanted, dtype)
+    return _fake_outputs(rows_of(job, real, fake, x_hat).penalised, weights, biases, job.wanted, dtype)
 
 
 def _fake_outputs(
