@@ -368,6 +368,7 @@ std::vector<Tensor> mlp_critic_pass(const Maybe& real, const Maybe& fake, const 
   const int64_t rows = judged + (eps.has_value() ? n_real : x_hat.has_value() ? x_hat->size(0) : 0);
   const bool inside = penalise && first < judged;
   check(first >= 0 && count >= 0 && first + count <= rows, kPass, "first and count", "be rows of the batch");
+  check(rows == judged || (penalise && first == judged && count == rows - judged), kPass, "first and count", "be the rows of x_hat or eps");
 
   // [real; fake; x̂], where x̂ between real and fake need not be known: only what the first layer makes of them
   const Tensor x = empty(last, {rows, weights[0].size(1)}, dtype);

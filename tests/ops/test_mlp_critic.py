@@ -617,7 +617,7 @@ def test_the_whole_pass_is_an_operator() -> None:
     seeds = [draw_seed(torch.device(DEVICE), None) for _ in range(2)]
     for changes in (
         {},
-        {"penalise": False, "count": 0},
+        {"penalise": False, "eps": None, "count": 0},
         {"eps": None, "first": 6, "wanted": [False, True] * 3},
         {"seeds": seeds, "p": [0.3, 0.5]},
     ):
@@ -644,10 +644,12 @@ BAD_PASS: list[tuple[str, dict[str, Any]]] = [
     ("weights must end with one row", {"weights": make((7, 13, 5, 2))[0], "biases": [None] * 3}),
     ("biases must have one element for each row of their weights", {"biases": make((7, 13, 6, 1))[1]}),
     ("first and count must be rows of the batch", {"first": 13}),
+    ("first and count must be the rows of x_hat or eps", {"first": 6}),
+    ("first and count must be the rows of x_hat or eps", {"penalise": False}),
 ]
 
 
-@pytest.mark.parametrize(("sentence", "changes"), BAD_PASS, ids=[b[0] for b in BAD_PASS])
+@pytest.mark.parametrize(("sentence", "changes"), BAD_PASS, ids=range(len(BAD_PASS)))
 def test_the_pass_refuses_what_does_not_fit(sentence: str, changes: dict[str, Any]) -> None:
     need("compiled")
     with pytest.raises(RuntimeError, match=re.escape(f"mlp_critic_pass: {sentence}")):
