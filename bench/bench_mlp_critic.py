@@ -2,7 +2,8 @@
 
 "critic" is one WGAN-GP critic step without the optimiser. eager passes real, fake and x̂ one after the other; eager-tuned passes
 real and fake as one batch; compile is eager-tuned with the penalty by torch.func.grad, compiled as a whole; gankern-modules is
-eager with LinearLeakyReLU modules and `gankern.gradient_penalty`. "penalty" is the penalty with its gradients.
+eager with LinearLeakyReLU modules and `gankern.gradient_penalty`. All add the penalty last, as people write it: the order counts,
+by the memory that is freed and mapped again (batch 16: 14 % of eager). "penalty" is the penalty with its gradients.
 """
 
 from __future__ import annotations
@@ -80,13 +81,14 @@ class Critic(OpGroup):
         one_batch = rival != EAGER
 
         def step(real: Tensor, fake: Tensor, eps: Tensor, parameters: list[Tensor]) -> Tensor:
-            loss = by_autograd(parameters, eps * real + (1 - eps) * fake)
             if self.which == "penalty":
-                return loss
+                return by_autograd(parameters, eps * real + (1 - eps) * fake)
             if one_batch:
                 scores = critic(parameters, torch.cat([real, fake]))
-                return loss + scores[len(real) :].mean() - scores[: len(real)].mean()
-            return loss + critic(parameters, fake).mean() - critic(parameters, real).mean()
+                loss = scores[len(real) :].mean() - scores[: len(real)].mean()
+            else:
+                loss = critic(parameters, fake).mean() - critic(parameters, real).mean()
+            return loss + by_autograd(parameters, eps * real + (1 - eps) * fake)
 
         call = compiled(step) if rival == COMPILE else step
 
@@ -119,9 +121,8 @@ class Modules:
             self.net = nn.Sequential(*hidden, nn.Linear(SIZES[-2], SIZES[-1]))
             for i, layer in enumerate(self.net):
                 layer.weight, layer.bias = nn.Parameter(parameters[i].detach()), nn.Parameter(parameters[LAYERS + i].detach())
-        loss = gradient_penalty(self.net, real, fake, eps=eps.flatten())
-        if self.which == "critic":
-            loss = loss + self.net(fake).mean() - self.net(real).mean()
+        loss = self.net(fake).mean() - self.net(real).mean() if self.which == "critic" else 0
+        loss = loss + gradient_penalty(self.net, real, fake, eps=eps.flatten())
         weights, biases = [m.weight for m in self.net], [m.bias for m in self.net]
         return {"loss": loss, "grads": torch.autograd.grad(loss, weights + biases if self.which == "critic" else weights)}
 
