@@ -19,7 +19,7 @@ from gankern.ops.mlp_critic import mlp_critic_penalty
 
 OP = "gradient_penalty"
 SAMPLES = ("line", "real", "fake", "dragan")
-CLOSED_FORM = 2**22  # multiplications of one pass through the critic
+CLOSED_FORM = 2**20  # multiplications of one pass through the critic
 
 Critic = Callable[..., Tensor]
 Condition = Tensor | tuple[Any, ...] | None
@@ -204,9 +204,10 @@ class _Form(NamedTuple):
 def _closed_form(critic: Any, x: Tensor, target: Any, sided: str, weight: Any) -> tuple[Tensor, Tensor] | None:
     """The penalty and the mean norm by `mlp_critic_penalty`, or None where it does not fit or is not measured to be faster.
 
-    With the backward pass, one CPU thread, autograd's time / its time, by sizes and batch: 784-1024-512-256-1 16 1.45, 64 1.58,
-    256 1.59; 784-512-256-1 16 1.44, 256 1.54; 2-128-128-1 256 1.22, 1024 1.71; 64-64-1 256 0.83, 1024 1.30. So from CLOSED_FORM
-    multiplications on. On CUDA it is not measured yet, and not taken.
+    With the backward pass, one CPU thread, eager PyTorch's time / its time, by sizes and batch (in brackets that of the general
+    path): 784-1024-512-256-1 16 1.45 (1.00), 64 1.58 (1.01), 256 1.59 (1.03); 784-512-256-1 4 1.54 (1.05), 256 1.49 (1.16);
+    2-128-128-1 4 0.98 (0.95), 64 1.05 (0.87), 256 1.25 (0.98); 64-64-1 64 0.88 (1.05), 256 0.98 (0.98), 1024 1.30 (1.03). So from
+    CLOSED_FORM multiplications on. On CUDA it is not measured yet, and not taken.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return None
