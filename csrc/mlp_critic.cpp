@@ -1,9 +1,13 @@
-// mlp_critic's elementwise stages on the CPU, in place: adjoint mask with bias sums, tangent mask, seed of the penalty's tangents.
-// The contracts stand in gankern/ops/mlp_critic.py.
+// mlp_critic on the CPU: the elementwise stages, in place (adjoint mask with bias sums, tangent mask, seed of the penalty's tangents), and
+// the whole pass, which drives them and the matrix products on any device that has the stages. The contracts stand in
+// gankern/ops/mlp_critic.py.
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "cpu.h"
 #include "math.h"
@@ -18,7 +22,19 @@ using torch::headeronly::Half;
 constexpr const char* kAdjoint = "mlp_critic_adjoint";
 constexpr const char* kTangent = "mlp_critic_tangent";
 constexpr const char* kSeed = "mlp_critic_seed";
+constexpr const char* kPass = "mlp_critic_pass";
 constexpr int64_t kGrain = 32768;  // elements a thread takes at least
+
+// y = LeakyReLU(y + bias), n elements in place; no bias: null
+template <typename T>
+GK_HD void activate_row(T* y, const T* bias, int64_t n, acc_t<T> slope) {
+  using A = acc_t<T>;
+  if (bias != nullptr) {
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(lrelu(static_cast<A>(y[i]) + static_cast<A>(bias[i]), slope));
+  } else {
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(lrelu(static_cast<A>(y[i]), slope));
+  }
+}
 
 // What element i of a row is multiplied by: LeakyReLU's slope and, with kKeep, dropout's factor (element `column` of its row of bits)
 template <bool kKeep, typename A>
@@ -29,16 +45,16 @@ GK_HD A mask_of(A y, A slope, const uint8_t* bits, int64_t column, A scale) {
 
 // d = m * d, and sums += factor * d where there are sums
 template <bool kKeep, typename T>
-GK_HD void adjoint_row(T* d, const T* y, const uint8_t* bits, acc_t<T>* sums, acc_t<T> factor, int64_t first, int64_t n, acc_t<T> slope, acc_t<T> scale) {
+GK_HD void adjoint_row(T* d, const T* y, const uint8_t* bits, acc_t<T>* sums, acc_t<T> factor, int64_t n, acc_t<T> slope, acc_t<T> scale) {
   using A = acc_t<T>;
   if (sums != nullptr) {
     for (int64_t i = 0; i < n; ++i) {
-      const A v = static_cast<A>(d[i]) * mask_of<kKeep>(static_cast<A>(y[i]), slope, bits, first + i, scale);
+      const A v = static_cast<A>(d[i]) * mask_of<kKeep>(static_cast<A>(y[i]), slope, bits, i, scale);
       d[i] = static_cast<T>(v);
       sums[i] += factor * v;
     }
   } else {
-    for (int64_t i = 0; i < n; ++i) d[i] = static_cast<T>(static_cast<A>(d[i]) * mask_of<kKeep>(static_cast<A>(y[i]), slope, bits, first + i, scale));
+    for (int64_t i = 0; i < n; ++i) d[i] = static_cast<T>(static_cast<A>(d[i]) * mask_of<kKeep>(static_cast<A>(y[i]), slope, bits, i, scale));
   }
 }
 
@@ -91,10 +107,11 @@ GK_HD void seed_row(T* g, T* x, const acc_t<T>* factor, acc_t<T> c, int64_t n) {
 
 // The instruction-set clones of the loops above (the attribute does not go on templates).
 #define GK_ROWS(T)                                                                                                                            \
-  GK_CLONES void adjoint(T* d, const T* y, const uint8_t* bits, acc_t<T>* sums, acc_t<T> factor, int64_t first, int64_t n, acc_t<T> slope,     \
+  GK_CLONES void activate(T* y, const T* bias, int64_t n, acc_t<T> slope) { activate_row<T>(y, bias, n, slope); }                             \
+  GK_CLONES void adjoint(T* d, const T* y, const uint8_t* bits, acc_t<T>* sums, acc_t<T> factor, int64_t n, acc_t<T> slope,     \
                          acc_t<T> scale) {                                                                                                    \
-    if (bits != nullptr) adjoint_row<true, T>(d, y, bits, sums, factor, first, n, slope, scale);                                              \
-    else adjoint_row<false, T>(d, y, nullptr, sums, factor, first, n, slope, scale);                                                          \
+    if (bits != nullptr) adjoint_row<true, T>(d, y, bits, sums, factor, n, slope, scale);                                              \
+    else adjoint_row<false, T>(d, y, nullptr, sums, factor, n, slope, scale);                                                          \
   }                                                                                                                                           \
   GK_CLONES void tangent(T* t, T* y, const uint8_t* bits, const acc_t<T>* factor, int64_t n, acc_t<T> slope, acc_t<T> scale) {                \
     if (bits != nullptr) tangent_row<true, T>(t, y, bits, factor, n, slope, scale);                                                           \
@@ -147,32 +164,19 @@ Tensor mlp_critic_adjoint(Tensor d, const Tensor& y, const Tensor& bits, double 
     T *into = mutable_data<T>(d), *column_sums = mutable_data<T>(dbias);
     const T* out = data<T>(y);
     const A* factors = factor.has_value() ? data<A>(*factor) : nullptr;
-    // A strip of columns, all rows that are summed: the result does not depend on the number of threads. Runs of 128 rows are summed by
-    // themselves first, which keeps the rounding error small. The other rows are done as the last "strips", 128 rows each.
-    constexpr int64_t kStrip = 128, kRun = 128;
-    const int64_t strips = (columns + kStrip - 1) / kStrip, rest = columns > 0 ? (rows - bias_rows + kRun - 1) / kRun : 0;
-    const int64_t share = std::max<int64_t>(1, kGrain / (kStrip * std::max<int64_t>(1, std::max(bias_rows, std::min(columns, rows - bias_rows)))));
-    torch::stable::parallel_for(0, strips + rest, share, [&](int64_t begin, int64_t end) {
-      for (int64_t strip = begin; strip < end; ++strip) {
-        if (strip >= strips) {
-          const int64_t top = bias_rows + (strip - strips) * kRun;
-          for (int64_t m = top; m < std::min(rows, top + kRun); ++m)
-            adjoint(into + m * columns, out + m * columns, mask == nullptr ? nullptr : mask + m * bytes, nullptr, A(0), 0, columns, slope, scale);
-          continue;
-        }
-        const int64_t first = strip * kStrip, n = std::min(kStrip, columns - first);
-        A total[kStrip] = {}, run[kStrip];
-        for (int64_t top = 0; top < bias_rows; top += kRun) {
-          std::fill(run, run + n, A(0));
-          for (int64_t m = top; m < std::min(bias_rows, top + kRun); ++m) {
-            const int64_t at = m * columns + first;
-            adjoint(into + at, out + at, mask == nullptr ? nullptr : mask + m * bytes, run, factors == nullptr ? A(1) : factors[m], first, n, slope,
-                    scale);
-          }
-          for (int64_t i = 0; i < n; ++i) total[i] += run[i];
-        }
-        for (int64_t i = 0; i < n; ++i) column_sums[first + i] = static_cast<T>(total[i]);
-      }
+    // Runs of 32 rows, each with sums of its own, which are added in their order: the result does not depend on the number of threads.
+    constexpr int64_t kRun = 32;
+    std::vector<A> sums(static_cast<size_t>((bias_rows + kRun - 1) / kRun * columns));
+    torch::stable::parallel_for(0, (rows + kRun - 1) / kRun, grain_for(kRun * columns), [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin * kRun; m < std::min(rows, end * kRun); ++m)
+        adjoint(into + m * columns, out + m * columns, mask == nullptr ? nullptr : mask + m * bytes,
+                m < bias_rows ? sums.data() + m / kRun * columns : nullptr, factors == nullptr || m >= bias_rows ? A(1) : factors[m], columns, slope, scale);
+    });
+    torch::stable::parallel_for(0, columns, kGrain, [&](int64_t begin, int64_t end) {
+      std::vector<A> total(static_cast<size_t>(end - begin));
+      for (int64_t run = 0; run * kRun < bias_rows; ++run)
+        for (int64_t i = begin; i < end; ++i) total[static_cast<size_t>(i - begin)] += sums[static_cast<size_t>(run * columns + i)];
+      for (int64_t i = begin; i < end; ++i) column_sums[i] = static_cast<T>(total[static_cast<size_t>(i - begin)]);
     });
   });
   return dbias;
@@ -231,6 +235,234 @@ std::tuple<Tensor, Tensor> mlp_critic_seed(Tensor g, Tensor x, int64_t first, co
   return {penalty, norms};
 }
 
+// --- the whole pass ------------------------------------------------------------------------------------------------------------
+using Maybe = std::optional<Tensor>;
+constexpr int64_t kRows[1] = {0};  // the dimension that is summed
+
+// Call an operator: its outputs are the first values of what comes back, each to be taken once.
+template <typename... Args>
+std::array<StableIValue, sizeof...(Args)> call(const char* op, const char* overload, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  return stack;
+}
+
+Tensor take(StableIValue value) { return torch::stable::detail::to<Tensor>(value); }
+
+Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  return like.is_cpu() ? empty_on_cpu(sizes, dtype) : torch::stable::new_empty(like, sizes, dtype);
+}
+
+Tensor rows_of(Tensor t, int64_t first, int64_t count) { return torch::stable::narrow(t, 0, first, count); }
+
+void copy_rows(const Tensor& into, int64_t first, const Tensor& from) {
+  Tensor part = rows_of(into, first, from.size(0));
+  torch::stable::copy_(part, from);
+}
+
+Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+
+// a b, and into `out` x wᵀ + bias. Through the dispatcher, 1.7 us a call (aoti_torch_cpu_mm_out: 0.7 us): for any device, and profilers see it.
+Tensor product(const Tensor& a, const Tensor& b) {
+  const Tensor out = empty(a, {a.size(0), b.size(1)}, a.scalar_type());
+  return take(call("aten::mm", "out", a, b, out)[0]);
+}
+
+void linear(const Tensor& out, const Tensor& x, const Tensor& w, const Maybe& bias) {
+  take(bias.has_value() ? call("aten::linear", "out", x, w, bias, out)[0] : call("aten::mm", "out", x, transposed(w), out)[0]);
+}
+
+// share * real + (1 - share) * fake into `out`, for n rows each
+void between(const Tensor& out, const Tensor& real, const Tensor& fake, const Tensor& share) {
+  take(call("aten::lerp", "Tensor_out", fake, real, share, out)[0]);
+}
+
+// y = LeakyReLU(y + bias) in place, on the CPU
+void activate(Tensor& y, const Maybe& bias, double slope) {
+  const int64_t rows = y.size(0), columns = y.size(1);
+  Maybe flat;
+  if (bias.has_value()) flat = torch::stable::contiguous(*bias);
+  dispatch_floating(kPass, y.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    T* out = mutable_data<T>(y);
+    const T* b = flat.has_value() ? data<T>(*flat) : nullptr;
+    torch::stable::parallel_for(0, rows, grain_for(columns), [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) activate(out + m * columns, b, columns, static_cast<acc_t<T>>(slope));
+    });
+  });
+}
+
+// The output of a hidden layer and its dropout bits. Where there is a share the last rows of x are not read: they lie between the first two
+// times as many, and so do their rows of the product. In 16 bits the product adds the bias itself, before it rounds, as eager does.
+std::tuple<Tensor, Tensor> layer(const Tensor& x, const Tensor& w, const Maybe& bias, double slope, double p, const Maybe& seed, const Maybe& share) {
+  const bool inside = x.element_size() == 2;
+  const int64_t rows = x.size(0), extra = share.has_value() ? share->size(0) : 0;
+  Tensor z = empty(x, {rows, w.size(0)}, x.scalar_type());
+  linear(rows_of(z, 0, rows - extra), rows_of(x, 0, rows - extra), w, inside ? bias : Maybe());
+  if (share.has_value()) between(rows_of(z, 2 * extra, extra), rows_of(z, 0, extra), rows_of(z, extra, extra), *share);
+  Maybe outside;
+  if (!inside && bias.has_value()) outside = torch::stable::contiguous(*bias);
+  if (z.is_cpu() && p <= 0.0) {
+    activate(z, outside, slope);
+    return {z, empty_on_cpu({0}, ScalarType::Byte)};
+  }
+  const auto out = call("gankern::linear_lrelu_act", "", z, outside, slope, p, seed);
+  return {take(out[0]), take(out[1])};
+}
+
+// Operators run below autograd here, whatever the caller's tensors require.
+struct NoGrad {
+  const bool before = aoti_torch_grad_mode_is_enabled();
+  NoGrad() { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before); }
+};
+
+void check_pass(const Maybe& real, const Maybe& fake, const Maybe& x_hat, const Maybe& eps, const std::vector<Maybe>& seeds,
+                const std::vector<Tensor>& weights, const std::vector<Maybe>& biases, const std::vector<double>& slopes, const std::vector<double>& p,
+                const std::vector<bool>& wanted) {
+  const size_t layers = weights.size();
+  check(layers > 0, kPass, "weights", "hold at least one matrix");
+  check(biases.size() == layers, kPass, "biases", "be as many as weights");
+  check(seeds.size() + 1 == layers && slopes.size() + 1 == layers && p.size() + 1 == layers, kPass, "seeds, slopes and p",
+        "be as many as hidden layers");
+  check(wanted.size() == 2 * layers, kPass, "wanted", "be twice as many as weights");
+  for (size_t i = layers; i < wanted.size(); ++i) check(!wanted[i] || real.has_value(), kPass, "wanted", "want no bias of a penalty alone");
+  check(real.has_value() == fake.has_value() && (real.has_value() || x_hat.has_value()), kPass, "the samples", "be real and fake, x_hat, or all three");
+  check(!eps.has_value() || (real.has_value() && !x_hat.has_value() && eps->numel() == real->size(0) && fake->size(0) == real->size(0)), kPass, "eps",
+        "have one value for each pair of samples, without x_hat");
+  int64_t columns = weights[0].dim() == 2 ? weights[0].size(1) : -1;
+  for (const Maybe* x : {&real, &fake, &x_hat})
+    check(!x->has_value() || ((*x)->dim() == 2 && (*x)->size(1) == columns), kPass, "the samples", "be matrices of as many columns as weights[0]");
+  for (size_t i = 0; i < layers; ++i) {
+    const Tensor& w = weights[i];
+    check(w.dim() == 2 && w.size(1) == columns, kPass, "weights", "be matrices that follow each other");
+    columns = w.size(0);
+    check(!biases[i].has_value() || (biases[i]->dim() == 1 && biases[i]->numel() == columns), kPass, "biases", "have one element for each row of their weights");
+  }
+  check(columns == 1, kPass, "weights", "end with one row");
+}
+
+// loss, adversarial, penalty, norms, statistics, then the gradients that are wanted, of weights and then of biases.
+std::vector<Tensor> mlp_critic_pass(const Maybe& real, const Maybe& fake, const Maybe& x_hat, const Maybe& eps, std::vector<Maybe> seeds,
+                                    std::vector<Tensor> weights, std::vector<Maybe> biases, std::vector<double> slopes, std::vector<double> p,
+                                    int64_t term_real, double weight_real, double target_real, const Maybe& targets_real, int64_t term_fake,
+                                    double weight_fake, double target_fake, const Maybe& targets_fake, int64_t relative, bool penalise, int64_t first,
+                                    int64_t count, double weight, double target, bool one_sided, std::vector<bool> wanted,
+                                    std::optional<ScalarType> autocast) {
+  check_pass(real, fake, x_hat, eps, seeds, weights, biases, slopes, p, wanted);
+  const NoGrad guard;
+  std::vector<ScalarType> dtypes;
+  for (Tensor& w : weights) {
+    dtypes.push_back(w.scalar_type());
+    if (autocast.has_value()) w = torch::stable::to(w, *autocast);
+  }
+  for (size_t i = 0; i < biases.size(); ++i) {
+    dtypes.push_back(biases[i].has_value() ? biases[i]->scalar_type() : dtypes[i]);
+    if (autocast.has_value() && biases[i].has_value()) biases[i] = torch::stable::to(*biases[i], *autocast);
+  }
+  const bool judge = real.has_value();
+  const int64_t hidden = static_cast<int64_t>(weights.size()) - 1;
+  const Tensor& last = weights[static_cast<size_t>(hidden)];
+  const ScalarType dtype = last.scalar_type(), sums = accumulate_dtype(dtype);
+  const int64_t n_real = judge ? real->size(0) : 0, judged = judge ? n_real + fake->size(0) : 0;
+  const int64_t rows = judged + (eps.has_value() ? n_real : x_hat.has_value() ? x_hat->size(0) : 0);
+  const bool inside = penalise && first < judged;
+  check(first >= 0 && count >= 0 && first + count <= rows, kPass, "first and count", "be rows of the batch");
+  check(rows == judged || (penalise && first == judged && count == rows - judged), kPass, "first and count", "be the rows of x_hat or eps");
+
+  // [real; fake; x̂], where x̂ between real and fake need not be known: only what the first layer makes of them
+  const Tensor x = empty(last, {rows, weights[0].size(1)}, dtype);
+  if (judge) copy_rows(x, 0, *real);
+  if (judge) copy_rows(x, n_real, *fake);
+  if (x_hat.has_value()) copy_rows(x, judged, *x_hat);
+  Maybe share;
+  if (eps.has_value()) {
+    const ScalarType exact = real->scalar_type();
+    share = torch::stable::to(torch::stable::reshape(*eps, {n_real, 1}), exact);
+    if (last.element_size() == 2) {  // rounded, the products of real and fake would make those of x̂ coarser
+      const Tensor points = empty(x, {n_real, x.size(1)}, exact);
+      between(points, *real, *fake, *share);
+      copy_rows(x, judged, points);
+      share.reset();
+    }
+  }
+
+  // forward
+  std::vector<Tensor> h{x}, bits;
+  for (size_t i = 0; i < seeds.size(); ++i) {
+    auto [y, kept] = layer(h[i], weights[i], biases[i], slopes[i], p[i], seeds[i], i == 0 ? share : Maybe());
+    h.push_back(y);
+    bits.push_back(kept);
+  }
+
+  // the adversarial loss, and what the adjoints begin with
+  Tensor adversarial, stats, slope, d;
+  Maybe seed, factor, row_factor;
+  if (judge) {
+    const Tensor logits = empty(last, {judged, 1}, dtype);
+    linear(logits, rows_of(h.back(), 0, judged), last, biases.back());
+    const int64_t mean = 1;
+    auto out = call("gankern::gan_loss", "", logits, Maybe(), n_real, term_real, weight_real, target_real, targets_real, term_fake, weight_fake,
+                    target_fake, targets_fake, mean, relative);
+    adversarial = take(out[0]), stats = take(out[1]), slope = torch::stable::reshape(take(out[2]), {judged});
+    take(out[3]);
+    seed = torch::stable::fill_(empty(last, {rows}, dtype), 1.0);
+    copy_rows(*seed, 0, slope);
+    if (inside) {  // rows that are penalised too have the seed 1, and their slope as a factor
+      torch::stable::fill_(rows_of(*seed, first, count), 1.0);
+      factor = rows_of(slope, first, count);
+      row_factor = torch::stable::fill_(empty(last, {judged}, sums), 1.0);
+      copy_rows(*row_factor, first, *factor);
+    }
+    d = product(torch::stable::reshape(*seed, {rows, 1}), last);
+  } else {
+    adversarial = torch::stable::fill_(empty(last, {}, sums), 0.0);
+    stats = torch::stable::fill_(empty(last, {3}, sums), std::numeric_limits<double>::quiet_NaN());
+    d = empty(last, {rows, last.size(1)}, dtype);
+    torch::stable::copy_(d, last);
+  }
+
+  // adjoints, with the sums that are the gradients of the biases
+  std::vector<Tensor> adjoints(h.size() - 1), dbias(h.size() - 1);
+  for (size_t i = h.size() - 1; i-- > 0;) {
+    adjoints[i] = d;
+    dbias[i] = take(call("gankern::mlp_critic_adjoint", "", d, h[i + 1], bits[i], slopes[i], p[i], judged, row_factor)[0]);
+    if (i > 0) d = product(d, weights[i]);
+  }
+
+  // the penalty, and its tangents over the activations of its rows
+  Tensor penalty, norms;
+  if (penalise) {
+    const Tensor g = adjoints.empty() ? rows_of(d, first, count) : product(rows_of(adjoints[0], first, count), weights[0]);
+    auto out = call("gankern::mlp_critic_seed", "", g, x, first, factor, weight, target, one_sided);
+    penalty = take(out[0]), norms = take(out[1]);
+    Tensor t = inside ? g : rows_of(x, first, count);
+    for (size_t i = 0; i < adjoints.size(); ++i) {
+      const Tensor u = empty(last, {count, weights[i].size(0)}, dtype);
+      linear(u, t, weights[i], Maybe());
+      t = u;
+      call("gankern::mlp_critic_tangent", "", t, h[i + 1], bits[i], slopes[i], p[i], first, factor);
+      if (!inside) t = rows_of(h[i + 1], first, count);
+    }
+  } else {
+    penalty = torch::stable::fill_(empty(last, {}, sums), 0.0);
+    norms = empty(last, {0}, sums);
+  }
+
+  // weights
+  std::vector<Tensor> results{torch::stable::subtract(adversarial, penalty, -1.0), adversarial, penalty, norms, stats};
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    if (!wanted[i]) continue;
+    Tensor grad;
+    if (i < adjoints.size()) grad = product(transposed(adjoints[i]), h[i]);
+    else if (i == adjoints.size()) grad = judge ? product(torch::stable::reshape(*seed, {1, rows}), h.back()) : torch::stable::sum(h.back(), kRows, true);
+    else if (i + 1 < wanted.size()) grad = dbias[i - weights.size()];
+    else grad = torch::stable::sum(slope, kRows, true);
+    results.push_back(grad.scalar_type() == dtypes[i] ? grad : torch::stable::to(grad, dtypes[i]));
+  }
+  return results;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gankern, m) {
@@ -238,6 +470,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gankern, m) {
   m.def("mlp_critic_tangent(Tensor(a!) t, Tensor(b!) y, Tensor bits, float slope, float p, int first, Tensor? factor) -> ()");
   m.def(
       "mlp_critic_seed(Tensor(a!) g, Tensor(b!) x, int first, Tensor? factor, float weight, float target, bool one_sided) -> (Tensor, Tensor)");
+  m.def(
+      "mlp_critic_pass(Tensor? real, Tensor? fake, Tensor? x_hat, Tensor? eps, Tensor?[] seeds, Tensor[] weights, Tensor?[] biases, "
+      "float[] slopes, float[] p, int term_real, float weight_real, float target_real, Tensor? targets_real, int term_fake, float weight_fake, "
+      "float target_fake, Tensor? targets_fake, int relative, bool penalise, int first, int count, float weight, float target, bool one_sided, "
+      "bool[] wanted, ScalarType? autocast) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gankern, CPU, m) {
@@ -245,5 +482,7 @@ STABLE_TORCH_LIBRARY_IMPL(gankern, CPU, m) {
   m.impl("mlp_critic_tangent", TORCH_BOX(&mlp_critic_tangent));
   m.impl("mlp_critic_seed", TORCH_BOX(&mlp_critic_seed));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(gankern, CompositeExplicitAutograd, m) { m.impl("mlp_critic_pass", TORCH_BOX(&mlp_critic_pass)); }
 
 }  // namespace gankern

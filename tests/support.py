@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -140,3 +141,20 @@ class CountProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func.overloadpacket.__name__ in self.NAMES
         return func(*args, **(kwargs or {}))
+
+
+class ProfileProducts:
+    """Counts the matrix products that run inside the `with` block, by the profiler: those inside operators too."""
+
+    def __enter__(self) -> ProfileProducts:
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._profile.__exit__(*details)
+
+    @property
+    def count(self) -> int:
+        names = {f"aten::{n}" for n in CountProducts.NAMES - {"matmul", "linear"}}  # what these two end in
+        return sum(e.count for e in self._profile.key_averages() if e.key in names)

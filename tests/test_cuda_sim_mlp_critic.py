@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gankern.ops import mlp_critic as op
+from gankern.ops import _one_pass as op
 from gankern.ops._philox import dropout_keep
 from tests.test_cuda_sim import CXX, DTYPES, SEED, accumulate, close, matrix, pack, run
 

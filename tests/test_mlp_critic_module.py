@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.nn.utils import parametrizations, weight_norm
 import gankern
 from gankern.models.mlp import MLPDiscriminator
 from gankern.nn import LinearLeakyReLU, MLPCritic, mlp_layers, mlp_problem
-from tests.support import DEVICE, randn
+from tests.support import DEVICE, need, randn
 
 
 def plain(dropout: float = 0.0) -> nn.Sequential:
@@ -143,3 +144,44 @@ def test_spectral_norm_passes_the_gradient_through() -> None:
     MLPCritic(critic).critic_loss(real, fake, penalty_weight=10.0, eps=eps).backward()
     for p, g in zip(parameters, want, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=1e-11, atol=1e-13)
+
+
+def distributed_step(rank: int, folder: str, name: str) -> None:
+    """One of two processes: half of the batch through DistributedDataParallel, two steps of SGD."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    critic = MLPCritic(plain())
+    ddp, optimizer = nn.parallel.DistributedDataParallel(critic), torch.optim.SGD(critic.parameters(), 0.1)
+    half = slice(4 * rank, 4 * rank + 4)
+    with gankern.use_backend(name):
+        for real, fake, eps in batches():
+            optimizer.zero_grad()
+            out = ddp(real[half], fake[half], "wgan", penalty_weight=10.0, eps=eps[half])
+            out.backward()
+            optimizer.step()
+    torch.save([[p.grad for p in critic.parameters()], list(critic.parameters())], f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
+    return [(randn(8, 3, 4, seed=i), randn(8, 3, 4, seed=i + 1) + 1, randn(8, 1, seed=i + 2).sigmoid()) for i in (0, 3)]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available() or DEVICE != "cpu", reason="two gloo processes on the CPU")
+@pytest.mark.parametrize("name", ["reference", "compiled"])
+def test_two_processes_have_the_gradients_of_one_at_the_global_batch(name: str, tmp_path: Path) -> None:
+    need(name)
+    torch.multiprocessing.spawn(distributed_step, (str(tmp_path), name), nprocs=2)
+    critic = MLPCritic(plain())
+    optimizer = torch.optim.SGD(critic.parameters(), 0.1)
+    for real, fake, eps in batches():
+        optimizer.zero_grad()
+        critic(real, fake, "wgan", penalty_weight=10.0, eps=eps).backward()
+        optimizer.step()
+    for rank in range(2):
+        grads, parameters = torch.load(tmp_path / str(rank))
+        for got, value, p in zip(grads, parameters, critic.parameters(), strict=True):
+            torch.testing.assert_close(got, p.grad, rtol=1e-11, atol=1e-13)
+            torch.testing.assert_close(value.data, p.data, rtol=1e-11, atol=1e-13)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gankern
-from tests.support import DEVICE, CountProducts, need, randn
+from gankern import regularizers
+from tests.support import DEVICE, CountProducts, ProfileProducts, need, randn
 
 
 def eager(
@@ -378,9 +379,24 @@ def test_products_of_the_penalty_with_its_backward(sizes: tuple[int, ...], eager
     real, fake = pair(2, 784, dtype=torch.float32)
     with gankern.use_backend("compiled"):
         for fused, most in ((True, ours), (False, eager_count)):
+            critic = mlp(sizes, torch.float32, fused).forward  # a function: not the closed form
             with CountProducts() as products:
-                gankern.gradient_penalty(mlp(sizes, torch.float32, fused), real, fake).backward()
-            assert products.count <= most
+                gankern.gradient_penalty(critic, real, fake).backward()
+            assert 0 < products.count <= most
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["drop-in", "plain"])
+@pytest.mark.parametrize(
+    ("sizes", "closed"), [((784, 512, 256, 1), 8), ((784, 1024, 512, 256, 1), 12)], ids=["3 layers", "4 layers"]
+)
+def test_products_of_the_closed_form(sizes: tuple[int, ...], closed: int, fused: bool) -> None:
+    """4 (L - 1), chosen automatically."""
+    need("compiled")
+    critic, (real, fake) = mlp(sizes, torch.float32, fused).cpu(), pair(16, 784, dtype=torch.float32)
+    with ProfileProducts() as products:
+        gankern.gradient_penalty(critic, real.cpu(), fake.cpu()).backward()
+    assert products.count == closed
+    assert all(m.weight.grad.any() for m in critic if isinstance(m, nn.Linear))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -392,6 +408,185 @@ def test_the_inner_pass_computes_no_weight_gradient(fused: bool) -> None:
     assert products.count == 2 * 3
     assert all(p.grad is None for p in critic.parameters())
     value.backward()
+
+
+# --- the closed form of an MLP critic -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """The closed form at any size; the list says of each call whether it was taken."""
+    need("compiled")
+    if DEVICE != "cpu":
+        pytest.skip("taken on the CPU alone")
+    calls: list[bool] = []
+    original = regularizers._closed_form
+
+    def spy(*arguments: Any) -> Any:
+        found = original(*arguments)
+        calls.append(found is not None)
+        return found
+
+    monkeypatch.setattr(regularizers, "_closed_form", spy)
+    monkeypatch.setattr(regularizers, "CLOSED_FORM", 0)
+    return calls
+
+
+def raw_gradients(value: Tensor, module: nn.Module) -> list[Tensor | None]:
+    return list(torch.autograd.grad(value, list(module.parameters()), allow_unused=True))
+
+
+@pytest.mark.parametrize("sizes", [(7, 1), (7, 13, 1), (7, 13, 5, 1), (7, 9, 4, 6, 1)], ids=str)
+@pytest.mark.parametrize(("sided", "target"), [("two", 1.0), ("two", 0.0), ("one", 0.3)])
+@pytest.mark.parametrize("sample", ["line", "real", "fake"])
+def test_closed_form_matches_eager(closed: list[bool], sample: str, sided: str, target: float, sizes: tuple[int, ...]) -> None:
+    """Value, norm, every gradient and the set of gradients that exist."""
+    critic, (real, fake), eps = mlp(sizes, fused=False), pair(16, 7), epsilons(16)
+    for p in critic.parameters():
+        p.data *= 2.5
+    options: dict[str, Any] = {"weight": 3.0, "target": target, "sided": sided}
+    got, norm = gankern.gradient_penalty(
+        critic, real, fake, sample=sample, eps=eps if sample == "line" else None, return_norm=True, **options
+    )
+    assert closed == [True]
+    at = {"line": eps, "real": torch.ones_like(eps), "fake": torch.zeros_like(eps)}[sample]
+    want = eager(critic, real, fake, at, **options)
+    x = at[:, None] * real + (1 - at[:, None]) * fake
+    general = gankern.gradient_penalty(critic.forward, x, None, sample="real", return_norm=True, **options)
+    torch.testing.assert_close((got, norm), general)
+    expected = raw_gradients(want, critic)
+    for g, w in zip(raw_gradients(2 * got, critic), expected, strict=True):
+        assert (g is None) == (w is None)
+        if w is not None:
+            torch.testing.assert_close(g, 2 * w, rtol=0, atol=1e-11 * max(w.abs().max().item(), 1e-3))
+
+
+def test_closed_form_in_a_training_step(closed: list[bool]) -> None:
+    """In float32, on images, with the adversarial loss in one backward pass; hooks of parameters run, frozen ones stay frozen."""
+    torch.manual_seed(0)
+    layers = [nn.Flatten(), nn.Linear(12, 8), nn.LeakyReLU(0.2, inplace=True), nn.Identity(), nn.Linear(8, 8), nn.ReLU()]
+    critic = nn.Sequential(*layers, nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+    critic[6].weight = critic[4].weight  # tied
+    critic[1].weight.requires_grad_(False)
+    seen: list[str] = []
+    critic[4].weight.register_post_accumulate_grad_hook(lambda p: seen.append("hook"))
+    (real, fake), eps = pair(16, 3, 2, 2, dtype=torch.float32), epsilons(16, torch.float32)
+    grads = []
+    for penalty in (gankern.gradient_penalty, lambda c, r, f, eps: eager(c, r, f, eps)):
+        critic.zero_grad()
+        (critic(fake).mean() - critic(real).mean() + penalty(critic, real, fake, eps=eps)).backward()
+        grads.append([p.grad for p in critic.parameters()])
+    assert closed == [True]
+    assert seen == ["hook"] * 2
+    assert grads[0][0] is None
+    for g, w in zip(*grads, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)
+
+
+def test_closed_form_has_every_order(closed: list[bool]) -> None:
+    """Gradients that are differentiated themselves (unrolled critics) are autograd's."""
+    critic, (real, fake), eps = mlp(fused=False), pair(16, 7), epsilons(16)
+    weights, found = [m.weight for m in critic if isinstance(m, nn.Linear)], []
+    for penalty in (gankern.gradient_penalty, lambda c, r, f, eps: eager(c, r, f, eps)):
+        firsts = torch.autograd.grad(penalty(critic, real, fake, eps=eps).square(), weights, create_graph=True)
+        seconds = torch.autograd.grad(sum(g.square().sum() for g in firsts), weights, create_graph=True)
+        thirds = torch.autograd.grad(sum(g.square().sum() for g in seconds), weights)
+        found.append([*firsts, *seconds, *thirds])
+    assert closed == [True]
+    for g, w in zip(*found, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-12 * w.abs().max().item())
+
+
+def test_closed_form_backward_twice_and_after_a_change(closed: list[bool]) -> None:
+    critic, (real, fake), eps = mlp(fused=False), pair(16, 7), epsilons(16)
+    value = gankern.gradient_penalty(critic, real, fake, eps=eps)
+    first = torch.autograd.grad(value, critic[0].weight, retain_graph=True)[0].clone()
+    torch.testing.assert_close(torch.autograd.grad(value, critic[0].weight, retain_graph=True)[0], first)
+    torch.testing.assert_close(torch.autograd.grad(-2 * value, critic[0].weight)[0], -2 * first)
+    value = gankern.gradient_penalty(critic, real, fake, eps=eps)
+    with torch.no_grad():
+        critic[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+    assert closed == [True] * 2
+
+
+def spectral() -> nn.Sequential:
+    critic = mlp(fused=False)
+    nn.utils.parametrizations.spectral_norm(critic[2])
+    return critic
+
+
+def hooked() -> nn.Sequential:
+    critic = mlp(fused=False)
+    critic[2].register_forward_hook(lambda module, inputs, output: 2 * output)
+    return critic
+
+
+NOT_CLOSED: dict[str, Callable[[], Any]] = {
+    "dropout": lambda: nn.Sequential(nn.Linear(7, 5), nn.Dropout(0.5), nn.Linear(5, 1)).to(DEVICE, torch.float64),
+    "parametrised": spectral,
+    "hooks": hooked,
+    "tanh": lambda: nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 1)).to(DEVICE, torch.float64),
+    "a function": lambda: mlp().forward,
+    "frozen": lambda: mlp(fused=False).requires_grad_(False),
+    "a module of its own": lambda: Own().to(DEVICE),
+}
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("which", NOT_CLOSED)
+def test_what_is_not_taken_in_closed_form(closed: list[bool], which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither does the look at the critic change it: the same number with and without (parametrised: a power iteration a read)."""
+    values, (real, fake), eps = [], pair(16, 7), epsilons(16)
+    for _ in range(2):
+        torch.manual_seed(0)
+        critic = NOT_CLOSED[which]()
+        torch.manual_seed(1)
+        values.append(gankern.gradient_penalty(critic, real, fake, eps=eps).item())
+        monkeypatch.setattr(regularizers, "_closed_form", lambda *_: None)
+    assert closed == [False]
+    assert values[0] == values[1]
+
+
+def test_where_the_closed_form_is_not_taken(closed: list[bool]) -> None:
+    critic, (real, fake), eps = mlp(fused=False), pair(16, 7), epsilons(16)
+    with torch.no_grad():
+        gankern.gradient_penalty(critic, real, fake, eps=eps)
+    with torch.autocast("cpu", torch.bfloat16):
+        gankern.gradient_penalty(mlp(dtype=torch.float32, fused=False), real.float(), fake.float(), eps=eps.float())
+    gankern.gradient_penalty(critic.bfloat16(), real.bfloat16(), fake.bfloat16(), eps=eps.bfloat16())
+    with gankern.use_backend("reference"):
+        gankern.gradient_penalty(mlp(fused=False), real, fake, eps=eps)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    gankern.gradient_penalty(mlp(fused=False), real, fake, eps=eps)
+    handle.remove()
+    assert closed == [False] * 5
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # the critic's own words
+        gankern.gradient_penalty(mlp(fused=False), real[:, 1:], fake[:, 1:], eps=eps)
+    rows = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1)).double()  # of each row of an image: no flattening
+    got = gankern.gradient_penalty(rows, real[:, :6].reshape(16, 3, 2), fake[:, :6].reshape(16, 3, 2), eps=eps)
+    assert_same(got, eager(rows, real[:, :6].reshape(16, 3, 2), fake[:, :6].reshape(16, 3, 2), eps), rows)
+    gankern.gradient_penalty(lambda x, y: rows(x), real[:, :2], fake[:, :2], eps=eps, cond=eps)
+    assert closed == [False] * 7
+    with pytest.raises(ValueError, match=r"^gradient_norm_penalty: weight must be a finite number >= 0, got -1$"):
+        gankern.gradient_penalty(mlp(fused=False), real, fake, weight=-1)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["drop-in", "plain"])
+def test_closed_form_gives_way_to_torch_compile(closed: list[bool], fused: bool) -> None:
+    critic, (real, fake), eps = mlp(dtype=torch.float32, fused=fused), pair(16, 7, dtype=torch.float32), epsilons(16, torch.float32)
+    got = compiled_loss(critic)(real, fake, eps)
+    want = critic(fake).mean() - critic(real).mean() + eager(critic, real, fake, eps)
+    assert_same(got, want, critic, 1e-5)
 
 
 # --- where it must work -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -45,7 +46,24 @@ def mlp_layers(critic: nn.Module) -> MLPLayers:
     return layers
 
 
-def _read(critic: nn.Module) -> tuple[MLPLayers, str]:
+def plain_layers(critic: nn.Sequential, x: Tensor) -> MLPLayers | None:
+    """The layers of a critic if they are all that it does with x, else None: for a function that runs them in the critic's place.
+
+    Dropout and parametrised layers are then none of it: a mask drawn, or a weight read, twice would not be the same.
+    """
+    if nn.modules.module._has_any_global_hook():
+        return None
+    layers, problem = _read(critic, plain=True)
+    if problem or any(layers.dropout) or not any(w.requires_grad for w in layers.weights):
+        return None
+    flat = x.dim() == 2 or isinstance(critic, MLPCritic) or any(type(module) is nn.Flatten for module in critic)
+    if x.dim() < 2 or not flat or math.prod(x.shape[1:]) != layers.weights[0].shape[1]:
+        return None
+    tensors = (*layers.weights, *layers.biases)
+    return layers if all(t is None or (t.dtype == x.dtype and t.device == x.device) for t in tensors) else None
+
+
+def _read(critic: nn.Module, plain: bool = False) -> tuple[MLPLayers, str]:
     layers, open_layer = MLPLayers([], [], [], []), False  # open: no activation yet
     if not isinstance(critic, nn.Sequential):
         return layers, type(critic).__name__
@@ -62,6 +80,8 @@ def _read(critic: nn.Module) -> tuple[MLPLayers, str]:
             continue
         if _has_hooks(module):
             return layers, f"{what} with hooks"
+        if plain and kind is not type(module):
+            return layers, f"{what}, parametrised"
         if kind is nn.Flatten and not layers.weights and (module.start_dim, module.end_dim) == (1, -1):
             continue
         if kind in (nn.Linear, LinearLeakyReLU):
@@ -98,7 +118,7 @@ def _kind(module: nn.Module) -> Any:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, hooks) for hooks in _HOOKS)
+    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in vars(module)
 
 
 class MLPCritic(nn.Sequential):
@@ -109,10 +129,14 @@ class MLPCritic(nn.Sequential):
         out = critic.critic_loss(real, fake, "wgan", penalty_weight=10.0)
         out.backward()
 
+    Under DistributedDataParallel call the wrapped critic with both halves, which is `critic_loss`: `ddp(real, fake, "wgan",
+    penalty_weight=10.0).backward()`. Equal batches on all ranks give the gradients of one process at the global batch (but for an
+    objective that takes averages over the batch inside its terms, relativistic-average).
+
     Args:
         layers: as `gankern.nn.mlp_layers` reads them, or one nn.Sequential, whose modules and keys are taken over (and shared).
 
-    Shape: [B, *] -> [B, 1]; * is flattened.
+    Shape: [B, *] -> [B, 1]; * is flattened. With a second tensor, real [B, *] and fake [B, *] -> MLPCriticLoss.
 
     Raises:
         ValueError: layers that the one pass does not fit.
@@ -125,8 +149,10 @@ class MLPCritic(nn.Sequential):
             super().__init__(*layers)
         mlp_layers(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(1))
+    def forward(self, input: Tensor, fake: Tensor | None = None, *settings: Any, **options: Any) -> Any:
+        if fake is not None:
+            return self.critic_loss(input, fake, *settings, **options)
+        return super().forward(input.flatten(1), *settings, **options)
 
     def critic_loss(self, real: Tensor, fake: Tensor, objective: str = "non-saturating", **options: Any) -> MLPCriticLoss:
         """`gankern.mlp_critic` with this critic's layers; `options` are its keyword arguments from `real_label` on."""

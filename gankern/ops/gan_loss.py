@@ -243,26 +243,8 @@ def gan_loss(
     relativistic discriminator", ICLR 2019.
     """
     _check_logits(real, fake, n_real)
-    no_fake = fake is None and n_real is None
-    try:
-        key = (objective, side, real_label, fake_label, type(real_label), type(fake_label), reduction, real is None, no_fake)
-        spec = _specs.get(key)
-    except TypeError:  # something that cannot be hashed: the checks will name it
-        spec = key = None
     a, b, n = _halves(real, fake, n_real)
-    targets: _Targets = (None, None)
-    if spec is None:
-        _check_settings(no_fake, objective, side, real_label, fake_label, reduction)
-        spec, *found = _specify(a, _given(real, fake, n_real), objective, side, real_label, fake_label, reduction)
-        targets = (found[0], found[1])
-        if not isinstance(real_label, Tensor) and not isinstance(fake_label, Tensor):
-            if len(_specs) >= 256:
-                _specs.clear()
-            _specs[key] = spec
-        else:
-            _check_targets(a, b, n, targets, _parts(objective, side))
-    if spec.relative:
-        _check_relative(a, b, n, spec, _given(real, fake, n_real))
+    spec, targets = settle(a, b, n, _given(real, fake, n_real), objective, side, real_label, fake_label, reduction)
     name = backend.forced()
     name = _choose(a) if name is None else backend.require(OP, name, a.device.type)
     if name == "reference":
@@ -282,6 +264,32 @@ def gan_loss(
 
 _Targets = tuple[Tensor | None, Tensor | None]
 _specs: dict[Any, Spec] = {}  # settings that have passed the checks
+
+
+def settle(
+    a: Tensor, b: Tensor | None, n_real: int, given: tuple[bool, bool], objective: str, side: str = "discriminator",
+    real_label: Label = 1.0, fake_label: Label = 0.0, reduction: str = "mean",
+) -> tuple[Spec, _Targets]:  # fmt: skip
+    """What each half of these logits pays, checked; of the logits only dtype, device and number matter."""
+    try:
+        key = (objective, side, real_label, fake_label, type(real_label), type(fake_label), reduction, *given)
+        spec = _specs.get(key)
+    except TypeError:  # something that cannot be hashed: the checks will name it
+        spec = key = None
+    targets: _Targets = (None, None)
+    if spec is None:
+        _check_settings(not given[1], objective, side, real_label, fake_label, reduction)
+        spec, *found = _specify(a, given, objective, side, real_label, fake_label, reduction)
+        targets = (found[0], found[1])
+        if not isinstance(real_label, Tensor) and not isinstance(fake_label, Tensor):
+            if len(_specs) >= 256:
+                _specs.clear()
+            _specs[key] = spec
+        else:
+            _check_targets(a, b, n_real, targets, _parts(objective, side))
+    if spec.relative:
+        _check_relative(a, b, n_real, spec, given)
+    return spec, targets
 
 
 def _run(a: Tensor, b: Tensor | None, n_real: int, rt: Tensor | None, ft: Tensor | None, spec: Spec, name: str) -> Any:

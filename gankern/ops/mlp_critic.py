@@ -22,16 +22,19 @@ written in place; bits as in `linear_lrelu`, m(y, bits) its dropout factor times
         rows first ... first + P - 1: y = m(y, bits) * t; with a factor t = m(y, bits) * t, y = factor * y + t
     mlp_critic_seed(g! [P, K], x! [R, K], first, factor [P] | None, weight, target, one_sided) -> penalty, norms [P]
         rows likewise: x = v; with a factor g = v, x = factor * x + v
+In C++ one operator more drives these, `linear_lrelu_act`, `gan_loss` and the products; elsewhere `_one_pass.py` does:
+    mlp_critic_pass(real, fake, x_hat, eps, seeds, weights, biases, slopes, p, <gan_loss's eight from term_real on>, relative,
+                    penalise, first, count, weight, target, one_sided, wanted, autocast)
+        -> loss, adversarial, penalty, norms, stats, then the gradients that are wanted
+It makes the first layer of x̂ = eps real + (1 - eps) fake from that of real and fake, but for 16 bits: a sixteenth of the work less.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,14 +44,17 @@ from torch.autograd.graph import _engine_run_backward
 
 from gankern import backend, checks
 from gankern.ops import linear_lrelu as layer
-from gankern.ops._objectives import OBJECTIVES, Label
-from gankern.ops._philox import draw_seed, dropout_keep
-from gankern.ops.gan_loss import gan_loss
+from gankern.ops._layout import accumulate
+from gankern.ops._objectives import NOTHING, OBJECTIVES, Label, Spec
+from gankern.ops._one_pass import Job, Results, Rows, batch, nothing, one_pass, rows_of
+from gankern.ops._philox import draw_seed
+from gankern.ops.gan_loss import gan_loss, settle
 
 OP = "mlp_critic"
 SAMPLES = ("line", "real", "fake")
 SIDED = ("one", "two")
 Numbers = float | Sequence[float]
+_NO_LOSS = (*Spec(NOTHING, NOTHING, 1).arguments(None, None)[:-1], 0)
 
 
 class MLPCriticLoss:
@@ -133,35 +139,6 @@ class MLPCriticLoss:
         if through_engine:
             roots, gradients = zip(*through_engine, strict=True)
             _engine_run_backward(roots, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
-
-
-class _Job(NamedTuple):
-    """The settings of one pass. Objective "": the penalty alone. p: dropout of each hidden layer. name: a backend, or "torch"."""
-
-    slopes: tuple[float, ...]
-    p: tuple[float, ...]
-    objective: str
-    real_label: float
-    fake_label: float
-    weight: float
-    target: float
-    one_sided: bool
-    sample: str
-    wanted: tuple[bool, ...]  # of weights, then biases
-    name: str
-
-    @property
-    def layers(self) -> int:
-        return len(self.p) + 1
-
-
-class _Rows(NamedTuple):
-    """Which rows of [real; fake; x̂] are real, judged at all, and penalised."""
-
-    real: int
-    judged: int
-    first: int
-    penalised: int
 
 
 def mlp_critic(
@@ -274,7 +251,7 @@ def mlp_critic_penalty(
 def _job(
     op: str, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], slopes: Numbers, dropout: Numbers,
     generator: torch.Generator | None,
-) -> tuple[_Job, list[Tensor | None]]:  # fmt: skip
+) -> tuple[Job, list[Tensor | None]]:  # fmt: skip
     hidden = len(weights) - 1
     p = _each(dropout, hidden)
     name = backend.forced()
@@ -282,13 +259,15 @@ def _job(
     every = not torch.compiler.is_compiling() and _transforming()
     wanted = tuple(w is not None and (every or w.requires_grad) for w in (*weights, *biases))
     seeds = [draw_seed(x.device, generator) if q > 0.0 else None for q in p]
-    return _Job(_each(slopes, hidden), p, "", 1.0, 0.0, 0.0, 1.0, False, "line", wanted, name), seeds
+    return Job(_each(slopes, hidden), p, "", 1.0, 0.0, 0.0, 1.0, False, "line", wanted, name), seeds
 
 
 def _choose(device: str) -> str:
     """The automatic choice: the one pass wherever the op runs, its stages in kernels or, "torch", in plain PyTorch calls.
 
-    Measured by bench/bench_mlp_critic.py. On CUDA not yet measured.
+    Eager PyTorch's time / its time in C++, one CPU thread, a WGAN-GP critic step with all gradients, by sizes and batch:
+    784-1024-512-256-1 16 2.3, 64 2.0, 256 1.5; 784-256-1 4 2.7, 512 1.5; 64-64-1 4 2.3, 512 1.6; 2-8-1 4 2.1, 512 1.9. At batch 256
+    the products are 95 % of it. On CUDA not yet measured.
     """
     return next((name for name in ("compiled", "triton") if not backend.problem(name, device)), "torch")
 
@@ -302,7 +281,7 @@ def _transforming() -> bool:
 
 
 def _call(
-    job: _Job, inputs: tuple[Tensor | None, ...], seeds: list[Tensor | None], weights: list[Tensor], biases: list[Tensor | None],
+    job: Job, inputs: tuple[Tensor | None, ...], seeds: list[Tensor | None], weights: list[Tensor], biases: list[Tensor | None],
     autocast: torch.dtype | None,
 ) -> MLPCriticLoss:  # fmt: skip
     for argument, value in zip(("real", "fake", "x_hat", "eps", "real_label", "fake_label"), inputs, strict=True):
@@ -321,223 +300,48 @@ def _call(
 # --- the pass --------------------------------------------------------------------------------------------------------------------
 
 
-def _rows(job: _Job, real: Tensor | None, fake: Tensor | None, x_hat: Tensor | None) -> _Rows:
-    n_real = 0 if real is None else len(real)
-    judged = n_real + (0 if fake is None else len(fake))
-    if job.objective and not job.weight:
-        return _Rows(n_real, judged, judged, 0)
-    first = {"real": 0, "fake": n_real}.get(job.sample, judged)
-    count = {"real": n_real, "fake": judged - n_real, "line": n_real}.get(job.sample, 0 if x_hat is None else len(x_hat))
-    return _Rows(n_real, judged, first, count)
-
-
-def _batch(real: Tensor | None, fake: Tensor | None, x_hat: Tensor | None, eps: Tensor | None) -> Tensor:
-    """[real; fake; x̂], a fresh [R, K]."""
-    given = [t.flatten(1) if t.dim() != 2 else t for t in (real, fake, x_hat) if t is not None]
-    if eps is None:
-        return torch.cat(given)
-    a, b = given
-    n = len(a)
-    x = a.new_empty(3 * n, a.shape[1])
-    torch.cat(given, out=x[: 2 * n])
-    torch.lerp(b, a, eps.reshape(n, 1).to(a.dtype), out=x[2 * n :])
-    return x
-
-
 def _compute(
-    job: _Job, autocast: torch.dtype | None, inputs: Sequence[Tensor | None], seeds: Sequence[Tensor | None], weights: list[Tensor],
+    job: Job, autocast: torch.dtype | None, inputs: Sequence[Tensor | None], seeds: Sequence[Tensor | None], weights: list[Tensor],
     biases: list[Tensor | None],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """loss, adversarial, penalty, norms, stats, then the gradients that are wanted."""
-    real, fake, x_hat, eps, real_labels, fake_labels = inputs
-    rows, x = _rows(job, real, fake, x_hat), _batch(real, fake, x_hat, eps)
+    *samples, eps, real_labels, fake_labels = inputs
+    real, fake, x_hat = (t if t is None or t.dim() == 2 else t.flatten(1) for t in samples)
+    rows = rows_of(job, real, fake, x_hat)
     labels: tuple[Label, Label] = (
         job.real_label if real_labels is None else real_labels,
         job.fake_label if fake_labels is None else fake_labels,
     )
+    if job.name == "compiled":
+        loss: tuple[Any, ...] = _NO_LOSS
+        if real is not None:
+            logits = real.new_empty(rows.judged)
+            spec, targets = settle(logits, None, rows.real, (True, True), job.objective, "discriminator", *labels)
+            loss = (*spec.arguments(*targets)[:-1], spec.relative)
+        outputs = torch.ops.gankern.mlp_critic_pass(
+            real, fake, x_hat, eps, seeds, weights, biases, job.slopes, job.p, *loss, job.penalises, rows.first,
+            rows.penalised, job.weight, job.target, job.one_sided, job.wanted, autocast,
+        )  # fmt: skip
+        return tuple(outputs)
+    x = batch(real, fake, x_hat, eps)
     dtypes = [None if t is None else t.dtype for t in (*weights, *biases)]
     if autocast is not None:
         x, weights = x.to(autocast), [w.to(autocast) for w in weights]
         biases = [None if b is None else b.to(autocast) for b in biases]
-    run = _by_autograd if job.name == "reference" else _one_pass
+    run = _by_autograd if job.name == "reference" else one_pass
     with nullcontext() if autocast is None else torch.autocast(x.device.type, enabled=False):
         adversarial, penalty, norms, stats, grads = run(job, rows, x, seeds, weights, biases, labels)
     found = [g if g.dtype == d else g.to(d) for g, d, w in zip(grads, dtypes, job.wanted, strict=True) if w]
     return (adversarial + penalty, adversarial, penalty, norms, stats, *found)
 
 
-_Results = tuple[Tensor, Tensor, Tensor, Tensor, list[Any]]
-
-
-def _judge(job: _Job, logits: Tensor, rows: _Rows, labels: tuple[Label, Label]) -> tuple[Tensor, Tensor, Tensor]:
-    """The adversarial loss, its statistics and its slope at each logit, in the accumulation dtype."""
-    with torch.enable_grad():
-        a = logits.detach().flatten().to(_accumulate(logits.dtype)).requires_grad_()
-        out = gan_loss(a[: rows.real], a[rows.real :], job.objective, real_label=labels[0], fake_label=labels[1])
-        (slope,) = torch.autograd.grad(out.loss, a)
-    return out.value, out.stats, slope
-
-
-def _nothing(x: Tensor) -> tuple[Tensor, Tensor]:
-    acc = _accumulate(x.dtype)
-    return x.new_zeros((), dtype=acc), x.new_full((3,), math.nan, dtype=acc)
-
-
-def _one_pass(
-    job: _Job, rows: _Rows, x: Tensor, seeds: Sequence[Tensor | None], weights: list[Tensor], biases: list[Tensor | None],
-    labels: tuple[Label, Label],
-) -> _Results:  # fmt: skip
-    run, hidden, last = _kernels(job.name), job.layers - 1, weights[-1]
-    grads: list[Any] = [None] * (2 * job.layers)
-    # forward
-    h, bits = [x], []
-    for i in range(hidden):
-        y, kept = _layer(job, i, run, h[i], weights[i], biases[i], seeds[i])
-        h.append(y)
-        bits.append(kept)
-    first, count = rows.first, rows.penalised
-    inside = count > 0 and first < rows.judged
-    factor = row_factor = None
-    if job.objective:
-        logits = _linear(h[-1][: rows.judged], last, biases[-1])
-        adversarial, stats, slope = _judge(job, logits, rows, labels)
-        if job.wanted[-1]:
-            grads[-1] = slope.sum(0, keepdim=True)
-        seed = slope.to(x.dtype)
-        if inside:
-            factor = slope[first : first + count]
-            seed, row_factor = seed.clone(), torch.ones_like(slope)
-            seed[first : first + count] = 1.0
-            row_factor[first : first + count] = factor
-        elif count:
-            seed = torch.cat([seed, seed.new_ones(count)])
-        d = torch.mm(seed[:, None], last)
-    else:
-        (adversarial, stats), seed = _nothing(x), None
-        d = last.expand(count, -1).contiguous()
-    # adjoints
-    adjoints = [d] * hidden
-    for i in reversed(range(hidden)):
-        dbias = run.mlp_critic_adjoint(d, h[i + 1], bits[i], job.slopes[i], job.p[i], rows.judged, row_factor)
-        adjoints[i], grads[job.layers + i] = d, dbias
-        if i:
-            d = torch.mm(d, weights[i])
-    # tangents
-    if count:
-        g = torch.mm(adjoints[0][first : first + count], weights[0]) if hidden else d[first : first + count]
-        penalty, norms = run.mlp_critic_seed(g, x, first, factor, job.weight, job.target, job.one_sided)
-        t = x[first : first + count] if factor is None else g
-        for i in range(hidden):
-            t = torch.mm(t, weights[i].t())
-            run.mlp_critic_tangent(t, h[i + 1], bits[i], job.slopes[i], job.p[i], first, factor)
-            t = h[i + 1][first : first + count] if factor is None else t
-    else:
-        penalty, norms = adversarial.new_zeros(()), adversarial.new_zeros(0)
-        if not job.objective or job.weight:
-            penalty = penalty + math.nan  # the mean over no samples
-    # weights
-    for i in range(hidden):
-        if job.wanted[i]:
-            grads[i] = torch.mm(adjoints[i].t(), h[i])
-    if job.wanted[hidden]:
-        grads[hidden] = h[-1].sum(0, keepdim=True) if seed is None else torch.mm(seed[None], h[-1])
-    return adversarial, penalty, norms, stats, grads
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-
-
-def _layer(
-    job: _Job, i: int, run: Any, x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The output of hidden layer i and its dropout bits."""
-    slope, p = job.slopes[i], job.p[i]
-    if x.is_cpu and job.name != "triton" and p == 0.0:
-        return F.leaky_relu_(_linear(x, weight, bias), slope), _no_bits(x)
-    inside = x.is_cpu or x.dtype.itemsize == 2  # as in linear_lrelu
-    z = _linear(x, weight, bias if inside else None)
-    y, bits = run.linear_lrelu_act(z, None if inside or bias is None else bias.contiguous(), slope, p, seed)
-    return y, bits
-
-
-def _no_bits(x: Tensor) -> Tensor:
-    return x.new_empty(0, dtype=torch.uint8)
-
-
-def _accumulate(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _kernels(name: str) -> Any:
-    if name == "torch":
-        return _PLAIN
-    return torch.ops.gankern if name == "compiled" else importlib.import_module("gankern.triton.mlp_critic")
-
-
-# --- the kernels in plain PyTorch ------------------------------------------------------------------------------------------------
-
-
-def _mask(y: Tensor, keep: Tensor, slope: float, p: float) -> Tensor:
-    one = y.new_ones((), dtype=_accumulate(y.dtype))
-    factor = torch.where(y > 0, one, slope)
-    return factor * (keep * (one * layer.dropout_scale(p))) if p > 0.0 else factor
-
-
-def _plain_act(z: Tensor, bias: Tensor | None, slope: float, p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    y = F.leaky_relu_(z if bias is None else z + bias, slope)
-    if p == 0.0:
-        return y, _no_bits(z)
-    assert seed is not None
-    keep = dropout_keep(seed, y.shape[0], y.shape[1], p)
-    return y.mul_(keep.to(y.dtype) * layer.dropout_scale(p)), keep
-
-
-def _plain_adjoint(d: Tensor, y: Tensor, bits: Tensor, slope: float, p: float, bias_rows: int, factor: Tensor | None) -> Tensor:
-    exact = d * _mask(y, bits, slope, p)
-    d.copy_(exact)
-    head = exact[:bias_rows]
-    return (head if factor is None else head * factor[:, None]).sum(0).to(d.dtype)
-
-
-def _plain_tangent(t: Tensor, y: Tensor, bits: Tensor, slope: float, p: float, first: int, factor: Tensor | None) -> None:
-    rows = slice(first, first + len(t))
-    v = t * _mask(y[rows], bits[rows] if p > 0.0 else bits, slope, p)
-    if factor is not None:
-        t.copy_(v)
-        v = v + factor[:, None] * y[rows]
-    y[rows] = v.to(y.dtype)
-
-
-def _plain_seed(
-    g: Tensor, x: Tensor, first: int, factor: Tensor | None, weight: float, target: float, one_sided: bool
-) -> tuple[Tensor, Tensor]:
-    exact, rows = g.to(_accumulate(g.dtype)), slice(first, first + len(g))
-    norms = exact.square().sum(1).sqrt()
-    gap = (norms - target).clamp_min(0.0) if one_sided else norms - target
-    v = exact * torch.where(norms > 0, 2.0 * weight / len(g) * gap / norms, 0.0)[:, None]
-    if factor is not None:
-        g.copy_(v)
-        v = v + factor[:, None] * x[rows]
-    x[rows] = v.to(x.dtype)
-    return weight * gap.square().mean(), norms
-
-
-_PLAIN = SimpleNamespace(
-    linear_lrelu_act=_plain_act,
-    mlp_critic_adjoint=_plain_adjoint,
-    mlp_critic_tangent=_plain_tangent,
-    mlp_critic_seed=_plain_seed,
-)
-
-
 # --- the definition --------------------------------------------------------------------------------------------------------------
 
 
 def _by_autograd(
-    job: _Job, rows: _Rows, x: Tensor, seeds: Sequence[Tensor | None], weights: list[Tensor], biases: list[Tensor | None],
+    job: Job, rows: Rows, x: Tensor, seeds: Sequence[Tensor | None], weights: list[Tensor], biases: list[Tensor | None],
     labels: tuple[Label, Label],
-) -> _Results:  # fmt: skip
+) -> Results:  # fmt: skip
     """The definition: PyTorch's autograd of the second order, on one pass of all rows."""
     with torch.enable_grad():
         weights = [w.detach().requires_grad_() for w in weights]
@@ -547,13 +351,13 @@ def _by_autograd(
         for i, seed in enumerate(seeds):
             h = layer.reference(h, weights[i], biases[i], job.slopes[i], job.p[i], seed)
         logits = F.linear(h, weights[-1], biases[-1]).squeeze(1)
-        loss, stats = _nothing(x)
+        loss, stats = nothing(x)
         penalty, norms = loss.new_zeros(()), loss.new_zeros(0)
         if job.objective:
             a, b = logits[: rows.real], logits[rows.real : rows.judged]
             out = gan_loss(a, b, job.objective, real_label=labels[0], fake_label=labels[1])
             loss, stats = out.loss, out.stats
-        if not job.objective or job.weight:
+        if job.penalises:
             penalised = slice(rows.first, rows.first + rows.penalised)
             (g,) = torch.autograd.grad(logits[penalised].sum(), leaf, create_graph=True)
             norms = torch.linalg.vector_norm(g[penalised].to(loss.dtype), dim=1)
@@ -570,7 +374,7 @@ def _by_autograd(
 # --- autograd --------------------------------------------------------------------------------------------------------------------
 
 
-def _split(job: _Job, tensors: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+def _split(job: Job, tensors: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
     """(real, fake, x_hat, eps, real_labels, fake_labels), seeds, weights, biases."""
     hidden = job.layers - 1
     return tensors[:6], tensors[6 : 6 + hidden], tensors[6 + hidden : 7 + 2 * hidden], tensors[7 + 2 * hidden :]
@@ -580,7 +384,7 @@ class _Critic(Function):
     """The pass as one node: loss, adversarial, penalty, norms, stats, and the gradients that its backward hands out."""
 
     @staticmethod
-    def forward(job: _Job, autocast: str | None, *tensors: Any) -> Any:
+    def forward(job: Job, autocast: str | None, *tensors: Any) -> Any:
         inputs, seeds, weights, biases = _split(job, tensors)
         if torch.compiler.is_compiling():
             return tuple(torch.ops.gankern.mlp_critic_step(*inputs, list(seeds), list(weights), list(biases), *job, autocast))
@@ -608,7 +412,7 @@ class _Critic(Function):
         return (None, None, *(None,) * ctx.inputs, *found)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, job: _Job, autocast: str | None, *tensors: Any) -> Any:
+    def vmap(info: Any, in_dims: Any, job: Job, autocast: str | None, *tensors: Any) -> Any:
         calls = [
             _Critic.apply(
                 job,
@@ -670,7 +474,7 @@ def _step(
     fake_labels: Tensor | None, seeds: list[Tensor | None], weights: list[Tensor], biases: list[Tensor | None], *settings: Any,
 ) -> list[Tensor]:  # fmt: skip
     *fields, autocast = settings
-    job = _Job._make(tuple(f) if isinstance(f, list) else f for f in fields)
+    job = Job._make(tuple(f) if isinstance(f, list) else f for f in fields)
     dtype = None if autocast is None else getattr(torch, autocast)
     # An operator runs below autograd, but gan_loss and the definition differentiate in the pass.
     excluded = torch._C._dispatch_tls_local_exclude_set()
@@ -686,12 +490,17 @@ def _step_fake(
     fake_labels: Tensor | None, seeds: list[Tensor | None], weights: list[Tensor], biases: list[Tensor | None], *settings: Any,
 ) -> list[Tensor]:  # fmt: skip
     *fields, autocast = settings
-    job = _Job._make(fields)
-    dtype = _accumulate(weights[0].dtype if autocast is None else getattr(torch, autocast))
-    rows, like = _rows(job, real, fake, x_hat), weights[0]
-    sizes: list[tuple[int, ...]] = [(), (), (), (rows.penalised,), (3,)]
-    outputs = [like.new_empty(size, dtype=dtype) for size in sizes]
-    return outputs + [torch.empty_like(t) for t, w in zip((*weights, *biases), job.wanted, strict=True) if w and t is not None]
+    job = Job._make(fields)
+    dtype = None if autocast is None else getattr(torch, autocast)
+    return _fake_outputs(rows_of(job, real, fake, x_hat).penalised, weights, biases, job.wanted, dtype)
+
+
+def _fake_outputs(
+    penalised: int, weights: list[Tensor], biases: list[Tensor | None], wanted: Sequence[bool], autocast: torch.dtype | None
+) -> list[Tensor]:
+    like, dtype = weights[0], accumulate(autocast or weights[0].dtype)
+    outputs = [like.new_empty(size, dtype=dtype) for size in ((), (), (), (penalised,), (3,))]
+    return outputs + [torch.empty_like(t) for t, w in zip((*weights, *biases), wanted, strict=True) if w and t is not None]
 
 
 _library.impl("mlp_critic_step", _step, "CompositeExplicitAutograd")
@@ -776,5 +585,13 @@ if not backend.CPU_PROBLEM:
     def _(
         g: Tensor, x: Tensor, first: int, factor: Tensor | None, weight: float, target: float, one_sided: bool
     ) -> tuple[Tensor, Tensor]:
-        dtype = _accumulate(g.dtype)
+        dtype = accumulate(g.dtype)
         return g.new_empty((), dtype=dtype), g.new_empty(len(g), dtype=dtype)
+
+    @torch.library.register_fake("gankern::mlp_critic_pass")
+    def _(
+        real: Tensor | None, fake: Tensor | None, x_hat: Tensor | None, eps: Tensor | None, seeds: list[Tensor | None],
+        weights: list[Tensor], biases: list[Tensor | None], *settings: Any,
+    ) -> list[Tensor]:  # fmt: skip
+        *_, penalised, _, _, _, wanted, autocast = settings
+        return _fake_outputs(penalised, weights, biases, wanted, autocast)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from gankern.ops import mlp_critic as op
 from gankern.ops._objectives import OBJECTIVES
 from gankern.ops._philox import draw_seed, dropout_keep
 from gankern.ops.mlp_critic import MLPCriticLoss
-from tests.support import DEVICE, CountProducts, need, randn
+from tests.support import DEVICE, CountProducts, ProfileProducts, need, randn
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -340,7 +341,8 @@ def test_penalty_of_a_linear_critic_is_known(backend: str) -> None:
 
 
 def count(call: Any) -> int:
-    with CountProducts() as products:
+    """By the profiler, which sees the products inside `mlp_critic_pass` too."""
+    with ProfileProducts() as products:
         call()
     return products.count
 
@@ -362,9 +364,10 @@ def test_products_of_the_paper_critic() -> None:
     assert count(lambda: gankern.mlp_critic(real, fake, weights, biases, penalty_weight=10.0).backward()) == 15
     assert count(lambda: gankern.mlp_critic_penalty(real, weights, biases).backward()) == 12
     settings, x_hat = points(real, fake, PENALTIES["wgan-gp"])
-    assert (
-        count(lambda: eager(real, fake, weights, biases, x_hat, slopes=[0.2] * 3, **settings)) == 42
-    )  # and one for x̂ in backward()
+    for counter in (ProfileProducts(), CountProducts()):  # both count alike where nothing is inside an operator
+        with counter:
+            eager(real, fake, weights, biases, x_hat, slopes=[0.2] * 3, **settings)
+        assert counter.count == 42  # and one for x̂ in backward()
 
 
 def test_no_silent_zero(backend: str) -> None:
@@ -584,6 +587,81 @@ def test_operators_pass_opcheck() -> None:
     settings = ([0.2] * 2, [0.0] * 2, "non-saturating", 1.0, 0.0, 10.0, 1.0, False, "line", [True] * 6, "compiled", None)
     eps = randn(6, 1, seed=3)
     torch.library.opcheck(ops.mlp_critic_step, (real, fake, None, eps, None, None, [None] * 2, weights, biases, *settings))
+
+
+def pass_arguments(**changes: Any) -> list[Any]:
+    """Of `mlp_critic_pass`: WGAN-GP of a critic of three layers, 6 + 6 samples and their eps."""
+    real, fake, weights, biases = critic()
+    linear, label = 1, None
+    given = {
+        "real": real, "fake": fake, "x_hat": None, "eps": randn(6, seed=3).sigmoid(), "seeds": [None] * 2, "weights": weights,
+        "biases": biases, "slopes": [0.2] * 2, "p": [0.0] * 2, "term_real": linear, "weight_real": 1.0, "target_real": 1.0,
+        "targets_real": label, "term_fake": linear, "weight_fake": 1.0, "target_fake": 0.0, "targets_fake": label, "relative": 0,
+        "penalise": True, "first": 12, "count": 6, "weight": 10.0, "target": 1.0, "one_sided": False, "wanted": [True] * 6,
+        "autocast": None,
+    }  # fmt: skip
+    return list((given | changes).values())
+
+
+def test_the_whole_pass_is_an_operator() -> None:
+    """It runs below autograd, whatever its tensors require."""
+    need("compiled")
+    real, fake, weights, biases = critic()
+    eps = randn(6, seed=3).sigmoid()
+    out = torch.ops.gankern.mlp_critic_pass(*pass_arguments())
+    want = gankern.mlp_critic(real, fake, weights, biases, objective="wgan", penalty_weight=10.0, eps=eps)
+    assert torch.is_grad_enabled()
+    for got, expected in zip(out[5:], want.grads, strict=True):
+        torch.testing.assert_close(got.detach(), expected, rtol=1e-11, atol=1e-13)
+    plain = [t.detach() for t in weights], [t.detach() for t in biases]
+    seeds = [draw_seed(torch.device(DEVICE), None) for _ in range(2)]
+    for changes in (
+        {},
+        {"penalise": False, "eps": None, "count": 0},
+        {"eps": None, "first": 6, "wanted": [False, True] * 3},
+        {"seeds": seeds, "p": [0.3, 0.5]},
+    ):
+        torch.library.opcheck(torch.ops.gankern.mlp_critic_pass, pass_arguments(weights=plain[0], biases=plain[1], **changes))
+    alone = {"real": None, "fake": None, "x_hat": real, "eps": None, "first": 0, "wanted": [True] * 3 + [False] * 3}
+    arguments = pass_arguments(weights=plain[0], biases=plain[1], **alone)
+    some = ("test_schema", "test_faketensor")  # the others compare numbers, and its statistics are NaN
+    torch.library.opcheck(torch.ops.gankern.mlp_critic_pass, arguments, test_utils=some)
+
+
+BAD_PASS: list[tuple[str, dict[str, Any]]] = [
+    ("weights must hold at least one matrix", {"weights": []}),
+    ("biases must be as many as weights", {"biases": [None]}),
+    ("seeds, slopes and p must be as many as hidden layers", {"p": [0.0]}),
+    ("wanted must be twice as many as weights", {"wanted": [True] * 3}),
+    ("wanted must want no bias of a penalty alone", {"real": None, "fake": None, "x_hat": randn(6, 7, seed=0), "eps": None}),
+    ("the samples must be real and fake, x_hat, or all three", {"fake": None}),
+    ("eps must have one value for each pair of samples, without x_hat", {"eps": randn(5, seed=0)}),
+    ("the samples must be matrices of as many columns as weights[0]", {"real": randn(6, 8, seed=0)}),
+    (
+        "weights must be matrices that follow each other",
+        {"weights": [*make((7, 13, 1))[0], *make((7, 1))[0]], "biases": [None] * 3},
+    ),
+    ("weights must end with one row", {"weights": make((7, 13, 5, 2))[0], "biases": [None] * 3}),
+    ("biases must have one element for each row of their weights", {"biases": make((7, 13, 6, 1))[1]}),
+    ("first and count must be rows of the batch", {"first": 13}),
+    ("first and count must be the rows of x_hat or eps", {"first": 6}),
+    ("first and count must be the rows of x_hat or eps", {"penalise": False}),
+]
+
+
+@pytest.mark.parametrize(("sentence", "changes"), BAD_PASS, ids=range(len(BAD_PASS)))
+def test_the_pass_refuses_what_does_not_fit(sentence: str, changes: dict[str, Any]) -> None:
+    need("compiled")
+    with pytest.raises(RuntimeError, match=re.escape(f"mlp_critic_pass: {sentence}")):
+        torch.ops.gankern.mlp_critic_pass(*pass_arguments(**changes))
+
+
+def test_labels_and_halves_are_checked_as_gan_loss_does(backend: str) -> None:
+    real, fake, weights, biases = critic()
+    with pytest.raises(ValueError, match=r"^gan_loss: fake must have as many logits as real, 6, to pair with, got 5$"):
+        gankern.mlp_critic(real, fake[:5], weights, biases, objective="relativistic")
+    with pytest.raises(ValueError, match=r"^gan_loss: real_label must have one value for each of 6 logits, got 4$"):
+        gankern.mlp_critic(real, fake, weights, biases, real_label=torch.ones(4, device=DEVICE))
 
 
 def test_kernels_do_not_depend_on_the_number_of_threads() -> None:
