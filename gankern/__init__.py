@@ -2,6 +2,7 @@
 
 from gankern import nn
 from gankern.backend import use_backend
+from gankern.ops.bn_lrelu import bn_lrelu
 from gankern.ops.gan_loss import GanLoss, gan_loss
 from gankern.ops.gradient_norm_penalty import NormPenalty, gradient_norm_penalty
 from gankern.ops.interpolate import interpolate
@@ -16,6 +17,7 @@ __all__ = [
     "MLPCriticLoss",
     "NormPenalty",
     "__version__",
+    "bn_lrelu",
     "gan_loss",
     "gradient_norm_penalty",
     "gradient_penalty",
