@@ -18,6 +18,7 @@ one. The first kernel moves the running averages in place. Channels-last tensors
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Callable
@@ -34,7 +35,8 @@ from gankern.ops._function import apply
 from gankern.ops._layout import accumulate
 
 OP = "bn_lrelu"
-_INFINITY = math.inf
+_INFINITY, _batch_norm, _leaky_relu, _cudnn = math.inf, torch.batch_norm, torch._C._nn.leaky_relu, torch._C._get_cudnn_enabled
+SMALL = 2**16  # elements up to which PyTorch's own calls are the automatic choice on the CPU: see `_choose`
 
 
 def reference(
@@ -131,14 +133,19 @@ def bn_lrelu(
     Source: Ioffe, Szegedy, "Batch normalization", ICML 2015, algorithm 1; Radford, Metz, Chintala, "Unsupervised representation
     learning with deep convolutional generative adversarial networks", ICLR 2016 (with LeakyReLU).
     """
+    if backend.automatic() and getattr(x, "is_cpu", False) and x.numel() <= SMALL:
+        try:
+            if x.dim() >= 2 and x.numel() != x.size(1) and 0.0 <= negative_slope < _INFINITY and 0.0 <= eps < _INFINITY:
+                return _native(x, running_mean, running_var, weight, bias, training, momentum, eps, negative_slope)
+        except Exception:
+            pass  # most bad input comes here; below, the checks name it, or the same call raises again
     _check(x, running_mean, running_var, weight, bias, training, momentum, eps, negative_slope)
     name = backend.forced()
     name = _choose(x) if name is None else backend.require(OP, name, x.device.type)
     slope = float(negative_slope)
     if name == "reference":
-        if backend.automatic():
-            return F.leaky_relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), slope)
-        return reference(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
+        plain = _native if backend.automatic() else reference
+        return plain(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
     dtype = accumulate(x.dtype)
     weight, bias = (t if t is None else t.to(dtype) for t in (weight, bias))
     if not training:
@@ -156,13 +163,60 @@ def bn_lrelu(
 
 
 def _choose(x: Tensor) -> str:
-    """The automatic choice; "reference" stands for PyTorch's own batch_norm and leaky_relu.
+    """The automatic choice; "reference" stands for PyTorch's own batch_norm and leaky_relu (`_native`).
 
-    On CUDA not measured yet.
+    @@ROW@@ On CUDA not measured yet.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (x.is_cpu and x.numel() <= SMALL):
         return "reference"  # Inductor fuses it
     return next((name for name in ("compiled", "triton") if not backend.problem(name, x.device.type)), "reference")
+
+
+def _native(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    slope: float,
+) -> Tensor:
+    """PyTorch's own two calls, kept from being wrong at the third derivative: see `_watch`."""
+    if not training or torch.compiler.is_compiling():
+        return _leaky_relu(_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, _cudnn()), slope)
+    if not x.is_cpu or torch._C._are_functorch_transforms_active():
+        return reference(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
+    z = _batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, False)
+    if z.requires_grad:
+        z.grad_fn.register_hook(functools.partial(_watch, x, weight, bias, eps))
+    return _leaky_relu(z, slope)
+
+
+_Gradients = tuple[Tensor | None, ...]
+
+
+def _watch(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, grads: _Gradients, dz: _Gradients) -> None:
+    """Called after PyTorch's backward pass of batch_norm: its double backward is right, but takes mean and variance for constants
+    of x, so that differentiating it once more is not. Where that is asked for, `_exact` replaces it."""
+    node = next((g.grad_fn for g in grads if g is not None and g.grad_fn is not None), None) if torch.is_grad_enabled() else None
+    if node is not None and dz[0] is not None:
+        node.register_hook(functools.partial(_exact, dz[0], x, weight, bias, eps))
+
+
+def _exact(
+    dz: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, grads: _Gradients, cotangents: _Gradients
+) -> _Gradients | None:
+    """The gradients in dz, x and weight of batch_norm's backward pass, as functions that can be differentiated."""
+    if not torch.is_grad_enabled():
+        return None
+    ddx, ddweight, ddbias = cotangents
+    ddx = torch.zeros_like(x) if ddx is None else ddx
+    unused = x.new_empty(0)  # the statistics are found anew
+    exact = _second_order(ddx, ddweight, ddbias, dz, x, weight, bias, unused, unused, eps, 1.0, True)
+    found = tuple(None if g is None else e.to(g.dtype) for g, e in zip(grads, exact, strict=False))
+    return found + (None,) * (len(grads) - len(found))
 
 
 def _check(
