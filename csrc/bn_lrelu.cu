@@ -141,7 +141,7 @@ __device__ __forceinline__ void normalise(const T* x, T* y, const Channel<sum_t<
 
 // Phases: 1 sums, 2 sums of squares about the mean, 3 the rest. parameters.mean and .var are not read. running_* may be null.
 template <typename T, bool kVector, bool kMatrix>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     forward_kernel(const T* __restrict__ x, Parameters<sum_t<T>> p, sum_t<T>* __restrict__ running_mean, sum_t<T>* __restrict__ running_var,
                    T* __restrict__ y, sum_t<T>* __restrict__ mean, sum_t<T>* __restrict__ var, sum_t<T>* __restrict__ partials, Space s,
                    sum_t<T> momentum, int phase) {
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads)
     for_groups<kMatrix>(s, [&](std::int64_t at, int count) {
       A v[kMatrix ? 1 : 8];
       load<kMatrix, kVector>(x + at, count, v);
-      for (int k = 0; k < count; ++k) sum[0] += v[k];
+      for (const A e : v) sum[0] += e;  // 0 beyond the count
     });
     channel_sums<1, kMatrix>(sum);
     if (phase == 1) return put_sums<1, kMatrix>(sum, partials, 0, s);
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads)
     for_groups<kMatrix>(s, [&](std::int64_t at, int count) {
       A v[kMatrix ? 1 : 8];
       load<kMatrix, kVector>(x + at, count, v);
-      for (int k = 0; k < count; ++k) squares[0] += (v[k] - m) * (v[k] - m);
+      for (int k = 0; k < (kMatrix ? 1 : 8); ++k) squares[0] += k < count ? (v[k] - m) * (v[k] - m) : A(0);
     });
     channel_sums<1, kMatrix>(squares);
     if (phase == 2) return put_sums<1, kMatrix>(squares, partials, 1, s);
@@ -184,13 +184,13 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, bool kVector, bool kMatrix>
-__global__ void __launch_bounds__(kThreads) eval_kernel(const T* __restrict__ x, Parameters<sum_t<T>> p, T* __restrict__ y, Space s) {
+__global__ void __launch_bounds__(kThreads, 2) eval_kernel(const T* __restrict__ x, Parameters<sum_t<T>> p, T* __restrict__ y, Space s) {
   normalise<kMatrix, kVector>(x, y, channel_of<kMatrix>(p, s), p.slope, s);
 }
 
 // Phases: 1 the sums of g and g c, 2 the rest.
 template <typename T, bool kVector, bool kMatrix>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     grad_kernel(const T* __restrict__ dy, const T* __restrict__ x, Parameters<sum_t<T>> p, T* __restrict__ dx, sum_t<T>* __restrict__ dweight,
                 sum_t<T>* __restrict__ dbias, sum_t<T>* __restrict__ partials, Space s, bool training, int phase) {
   using A = sum_t<T>;
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Phases: 1 the five sums, 2 the rest. ddweight and ddbias may be null.
 template <typename T, bool kVector, bool kMatrix>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     grad2_kernel(const T* __restrict__ ddx, const sum_t<T>* __restrict__ ddweight, const sum_t<T>* __restrict__ ddbias, const T* __restrict__ dy,
                  const T* __restrict__ x, Parameters<sum_t<T>> p, T* __restrict__ ddy, T* __restrict__ dx, sum_t<T>* __restrict__ dweight,
                  sum_t<T>* __restrict__ partials, Space s, bool training, int phase) {

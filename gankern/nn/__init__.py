@@ -1,16 +1,21 @@
 """Drop-in modules: PyTorch's parameter names and initialisation, gankern's kernels."""
 
+from gankern.nn.batchnorm import BatchNormLeakyReLU1d, BatchNormLeakyReLU2d, BatchNormLeakyReLU3d, SyncBatchNormLeakyReLU
 from gankern.nn.linear import LinearLeakyReLU
 from gankern.nn.minibatch import MinibatchDiscrimination, MinibatchDistance
 from gankern.nn.mlp_critic import MLPCritic, MLPLayers, mlp_layers, mlp_problem
 from gankern.nn.spectral_norm import spectral_norm, spectral_norm_
 
 __all__ = [
+    "BatchNormLeakyReLU1d",
+    "BatchNormLeakyReLU2d",
+    "BatchNormLeakyReLU3d",
     "LinearLeakyReLU",
     "MLPCritic",
     "MLPLayers",
     "MinibatchDiscrimination",
     "MinibatchDistance",
+    "SyncBatchNormLeakyReLU",
     "mlp_layers",
     "mlp_problem",
     "spectral_norm",
