@@ -428,12 +428,12 @@ class Plan(NamedTuple):
         """What a kernel with phases takes besides."""
         return {"shares": self.shares, "SHARES": power_of_two(self.shares), "per_value": 1.0 / self.count}
 
-    def launch(self, kernel: Any, *args: Any, phases: int, **settings: Any) -> None:
+    def launch(self, kernel: Any, *args: Any, phases: int, warps: int, **settings: Any) -> None:
         """One launch of phase 0, or one of each."""
         grid = (self.blocks, self.shares)
         with on_device(args[0]):
             for phase in range(1, phases + 1) if self.shares > 1 else (0,):
-                kernel[grid](*args, **self.sizes, **self.cut, **settings, PHASE=phase, num_warps=8)
+                kernel[grid](*args, **self.sizes, **self.cut, **settings, PHASE=phase, num_warps=warps)
 
 
 def plan(x: Tensor) -> Plan:
@@ -477,7 +477,14 @@ def bn_lrelu(
     mean, var, p = _channels(x), _channels(x), plan(x)
     tensors = (x, weight, bias, running_mean, running_var, y, mean, var, _partials(mean, p, 2))
     p.launch(
-        _forward_kernel, *tensors, phases=3, unbiased=p.count / max(p.count - 1.0, 1.0), momentum=momentum, eps=eps, SLOPE=slope
+        _forward_kernel,
+        *tensors,
+        phases=3,
+        warps=8 if p.shares == 1 else 4,
+        unbiased=p.count / max(p.count - 1.0, 1.0),
+        momentum=momentum,
+        eps=eps,
+        SLOPE=slope,
     )
     return y, mean, var
 
@@ -513,7 +520,7 @@ def bn_lrelu_grad(
         return dx, torch.zeros_like(mean), torch.zeros_like(mean)
     dweight, dbias, p = torch.empty_like(mean), torch.empty_like(mean), plan(x)
     tensors = (dy, x, mean, var, weight, bias, dx, dweight, dbias, _partials(mean, p, 2))
-    p.launch(_grad_kernel, *tensors, phases=2, eps=eps, SLOPE=slope, TRAINING=training)
+    p.launch(_grad_kernel, *tensors, phases=2, warps=8, eps=eps, SLOPE=slope, TRAINING=training)
     return dx, dweight, dbias
 
 
@@ -537,5 +544,5 @@ def bn_lrelu_grad2(
         return ddy, dx, torch.zeros_like(mean)
     dweight, p = torch.empty_like(mean), plan(x)
     tensors = (ddx, ddweight, ddbias, dy, x, mean, var, weight, bias, ddy, dx, dweight, _partials(mean, p, 5))
-    p.launch(_grad2_kernel, *tensors, phases=2, count=p.count, eps=eps, SLOPE=slope, TRAINING=training)
+    p.launch(_grad2_kernel, *tensors, phases=2, warps=8, count=p.count, eps=eps, SLOPE=slope, TRAINING=training)
     return ddy, dx, dweight
