@@ -50,9 +50,10 @@ class Site(NamedTuple):
     """Calls that follow each other: statements x = f(x) of the original, or one expression f(g(x))."""
 
     nodes: list[Any]  # ast.stmt or ast.expr
-    function: FunctionType
+    function: Any  # the method as it was
 
 
+@functools.lru_cache(maxsize=256)
 def rewrite(function: Any) -> tuple[FunctionType, list[Site]]:
     """The function that does the same through `step`, and where; the same function if there is nothing to rewrite.
 
