@@ -145,8 +145,6 @@ def relu_(x: Any) -> Any:
 
 # Of activations and dropout, after the input: names and defaults.
 _ARGUMENTS: dict[Any, tuple[tuple[str, Any], ...]] = {
-    Any, tuple[tuple[str, Any], ...]
-] = {  # of activations and dropout, after the input: names and defaults; the last place of an activation is its slope
     F.leaky_relu: (("negative_slope", 0.01), ("inplace", False)),
     F.leaky_relu_: (("negative_slope", 0.01),),
     F.relu: (("inplace", False),),

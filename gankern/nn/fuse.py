@@ -124,7 +124,7 @@ def _fused_again(made: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Mo
 
 def fused_class(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The subclass that runs cls's calls by `step`, or None where there is nothing to change; the same one for the same class."""
-    for made in cls.__subclasses__():
+    for made in [*cls.__subclasses__(), *(_chain.FusedSequential.__subclasses__() if cls is nn.Sequential else [])]:
         if made.__dict__.get("unfused") is cls:
             return made
     sequential = cls is nn.Sequential or (issubclass(cls, nn.Sequential) and not _is_torchs(cls))
