@@ -24,6 +24,7 @@ from torch.nn.modules.module import _global_forward_hooks as _ALL_FORWARD
 from torch.nn.modules.module import _global_forward_pre_hooks as _ALL_FORWARD_PRE
 
 from gankern import backend, checks
+from gankern.nn.conv import conv_lrelu
 from gankern.ops.linear_lrelu import _choose as chosen
 from gankern.ops.linear_lrelu import _products as products
 from gankern.ops.linear_lrelu import linear_lrelu
@@ -117,7 +118,19 @@ def _linear(layer: nn.Module, x: Tensor, slope: float, p: float, training: bool)
     return linear_lrelu(x, weight, bias, slope, p, training)
 
 
-LAYERS: dict[Any, Layer] = {nn.Linear: Layer("linear_lrelu", _linear, dropout=True)}
+def _conv(layer: Any, x: Tensor, slope: float, p: float, training: bool) -> Tensor:
+    return conv_lrelu(layer, x, slope)
+
+
+LAYERS: dict[Any, Layer] = {
+    nn.Linear: Layer("linear_lrelu", _linear, dropout=True),
+    nn.Conv1d: Layer("bias_lrelu", _conv),
+    nn.Conv2d: Layer("bias_lrelu", _conv),
+    nn.Conv3d: Layer("bias_lrelu", _conv),
+    nn.ConvTranspose1d: Layer("bias_lrelu", _conv),
+    nn.ConvTranspose2d: Layer("bias_lrelu", _conv),
+    nn.ConvTranspose3d: Layer("bias_lrelu", _conv),
+}
 
 
 def layer_row(f: Any) -> Layer | None:

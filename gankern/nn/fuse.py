@@ -27,6 +27,7 @@ def fuse(model: Module, *, inplace: bool = False) -> Module:
     | calls that follow each other | run as |
     |---|---|
     | nn.Linear, LeakyReLU or ReLU, and Dropout if there is one | `gankern.linear_lrelu` |
+    | nn.Conv1d ... nn.ConvTranspose3d, LeakyReLU or ReLU | the library's convolution and `gankern.bias_lrelu` |
 
     LeakyReLU is nn.LeakyReLU, F.leaky_relu or one of their in-place forms with a slope >= 0; ReLU is nn.ReLU, F.relu, torch.relu or
     x.relu(); Dropout is nn.Dropout or F.dropout. They are found in each nn.Sequential, and in any forward written in Python: in
