@@ -175,20 +175,22 @@ def _quiet(node: ast.AST, calls: frozenset[str] = frozenset()) -> bool:
     return True
 
 
-def _changed_in_place(n: ast.AST) -> ast.AST | None:
-    """What x += y, x[i] = y, x.add_(y) or f(x, inplace=True) changes."""
+def _changed_in_place(n: ast.AST) -> list[ast.AST]:
+    """What x += y, x[i] = y, x.add_(y), relu_(x), f(x, inplace=True) or relu(x, True) change."""
     if isinstance(n, ast.AugAssign):
-        return n.target
-    if isinstance(n, ast.Subscript):
-        return None if isinstance(n.ctx, ast.Load) else n.value
+        return [n.target]
+    if isinstance(n, ast.Subscript) and not isinstance(n.ctx, ast.Load):
+        return [n.value]
     if not isinstance(n, ast.Call):
-        return None
-    if isinstance(n.func, ast.Attribute) and n.func.attr.endswith("_") and n.func.attr not in _FUNCTIONS:
-        return n.func.value
-    known = (
-        isinstance(n.func, (ast.Name, ast.Attribute)) and (n.func.id if isinstance(n.func, ast.Name) else n.func.attr) in _FUNCTIONS
-    )
-    return n.args[0] if n.args and not known and any(k.arg == "inplace" for k in n.keywords) else None
+        return []
+    method, name = isinstance(n.func, ast.Attribute), _name(n.func)
+    flag = any(k.arg == "inplace" for k in n.keywords)
+    flag = flag or ("relu" in name and any(isinstance(a, ast.Constant) and a.value is True for a in n.args))
+    return [*([n.func.value] if method and name.endswith("_") else []), *(n.args[:1] if flag or name.endswith("_") else [])]  # type: ignore[attr-defined]
+
+
+def _name(f: ast.expr) -> str:
+    return f.id if isinstance(f, ast.Name) else f.attr if isinstance(f, ast.Attribute) else ""
 
 
 class _Rewriter:
@@ -205,14 +207,18 @@ class _Rewriter:
     def scan(self, body: list[ast.stmt]) -> None:
         """How often each variable is read, and which ones hold tensors that are changed in place: there a layer and its activation
         stay two, since autograd may have kept the result of the one op that they would become."""
-        for n in [n for s in body for n in ast.walk(s)]:
+        nodes = [n for s in body for n in ast.walk(s)]
+        exempt: set[int] = set()  # x = relu(x, inplace=True): the activation that follows
+        for n in nodes:
+            if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name):
+                calls = [c for c in ast.walk(n.value) if isinstance(c, ast.Call) and _name(c.func) in _FUNCTIONS]
+                exempt |= {id(a) for c in calls for a in c.args[:1] if isinstance(a, ast.Name) and a.id == n.targets[0].id}
+        for n in nodes:
             if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load):
                 self.loads[n.id] += 1
             elif isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name):
                 self.loads[n.target.id] += 1
-            target = _changed_in_place(n)
-            if isinstance(target, ast.Name):
-                self.mutated.add(target.id)
+            self.mutated |= {t.id for t in _changed_in_place(n) if isinstance(t, ast.Name) and id(t) not in exempt}
         self.locals -= self.mutated
 
     # --- expressions
@@ -237,7 +243,7 @@ class _Rewriter:
         """A local variable, what is read off one, or a function named like an activation."""
         if not _quiet(f):
             return False
-        if isinstance(f, (ast.Name, ast.Attribute)) and (f.id if isinstance(f, ast.Name) else f.attr) in _FUNCTIONS:
+        if _name(f) in _FUNCTIONS:
             return True
         while isinstance(f, (ast.Attribute, ast.Subscript)):
             f = f.value
