@@ -2,6 +2,7 @@
 
 from gankern import nn
 from gankern.backend import use_backend
+from gankern.nn.fuse import FusionReport, fuse, fusion_report, unfuse
 from gankern.ops.bias_lrelu import bias_lrelu
 from gankern.ops.bn_lrelu import bn_lrelu
 from gankern.ops.gan_loss import GanLoss, gan_loss
@@ -14,12 +15,15 @@ from gankern.regularizers import gradient_penalty
 
 __version__ = "0.1.0"
 __all__ = [
+    "FusionReport",
     "GanLoss",
     "MLPCriticLoss",
     "NormPenalty",
     "__version__",
     "bias_lrelu",
     "bn_lrelu",
+    "fuse",
+    "fusion_report",
     "gan_loss",
     "gradient_norm_penalty",
     "gradient_penalty",
@@ -32,5 +36,6 @@ __all__ = [
     "mmd2",
     "nn",
     "pulling_away",
+    "unfuse",
     "use_backend",
 ]

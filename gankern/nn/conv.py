@@ -42,63 +42,10 @@ class _WithLeakyReLU(_ConvNd):
         self.negative_slope = negative_slope
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        # Each parameter is read once: a parametrised one is computed, and may change, whenever it is read.
-        weight, bias = self.weight, self.bias
-        name = self._choose(input, weight)
-        if name == "reference":
-            z = self._product(input, weight, bias, output_size)
-            if torch.compiler.is_compiling():
-                return F.leaky_relu(z, self.negative_slope)
-            return _leaky_relu_(z, self.negative_slope)
-        # In 16 bits oneDNN adds the bias before it rounds; cuDNN's convolution is rounded before PyTorch adds it.
-        inside = input.is_cpu and _low_precision(weight)
-        z = self._product(input, weight, bias if inside else None, output_size)
-        outside = None if inside or bias is None else bias.to(z.dtype)
-        batched = z.dim() == weight.dim()
-        y = fused(z if batched else z.unsqueeze(0), outside, float(self.negative_slope), name)
-        return y if batched else y.squeeze(0)
-
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None) -> Tensor:
-        layer: Any = self
-        if not self.transposed:
-            return layer._conv_forward(x, weight, bias)
-        n = len(self.kernel_size)
-        padding = layer._output_padding(x, output_size, self.stride, self.padding, self.kernel_size, n, self.dilation)
-        return _TRANSPOSED[n](x, weight, bias, self.stride, layer.padding, padding, self.groups, self.dilation)
-
-    def _choose(self, x: Tensor, weight: Tensor) -> str:
-        """The automatic choice; "reference" stands for the library's convolution with its bias, and LeakyReLU in place.
-
-        On the CPU the kernel is for what a gradient penalty may differentiate twice, where it keeps zeros from being convolved, and
-        only where the convolution is so large that an autograd Function costs nothing beside it: from 512 multiplications an output
-        and 2^26 in all. One thread, alternating medians against eager (convolution, F.leaky_relu), input of the layer (batch x
-        channels x side) and, in this order, forward+backward and double backward. Kernel: 16x64x14 0.97, 1.21; 16x128x8 0.99, 1.56;
-        transposed 16x128x7 1.05, 1.22; 16x16x16 0.93, 1.15; 16x8x8 0.87, 1.03. In place: 1.01, 1.01; 1.00, 1.20; 1.00, 1.06;
-        1.00, 0.92; 0.99, 0.98. On CUDA not measured yet.
-        """
-        name = backend.forced()
-        if name is not None:
-            return backend.require(OP, name, x.device.type)
-        if torch.compiler.is_compiling():
-            return "reference"  # Inductor fuses what surrounds the convolution
-        if not x.is_cpu:
-            return next((name for name in ("compiled", "triton") if not backend.problem(name, x.device.type)), "reference")
-        if not (x.requires_grad and torch.is_grad_enabled()) or backend.CPU_PROBLEM:
-            return "reference"
-        strides = math.prod(self.stride)
-        outputs = self.out_channels * (strides if self.transposed else 1)  # per position at which the kernel is laid
-        if weight.numel() < 512 * outputs or _low_precision(weight):
-            return "reference"
-        positions = x.numel() // (self.in_channels * (1 if self.transposed else strides))
-        return "compiled" if positions * weight.numel() >= 2**26 else "reference"
+        return conv_lrelu(self, input, self.negative_slope, output_size)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, negative_slope={self.negative_slope}"
-
-
-def _low_precision(weight: Tensor) -> bool:
-    """Whether a convolution with this weight computes in 16 bits."""
-    return weight.dtype.itemsize == 2 or torch.is_autocast_enabled(weight.device.type)
 
 
 class ConvLeakyReLU1d(_WithLeakyReLU, nn.Conv1d):
@@ -123,3 +70,61 @@ class ConvTransposeLeakyReLU2d(_WithLeakyReLU, nn.ConvTranspose2d):
 
 class ConvTransposeLeakyReLU3d(_WithLeakyReLU, nn.ConvTranspose3d):
     """nn.ConvTranspose3d(..., negative_slope=0.2) and LeakyReLU in one."""
+
+
+def conv_lrelu(layer: _ConvNd, input: Tensor, slope: float, output_size: list[int] | None = None) -> Tensor:
+    """LeakyReLU(layer(input)) of any convolution of PyTorch's, as `ConvLeakyReLU2d` and the like compute it."""
+    # Each parameter is read once: a parametrised one is computed, and may change, whenever it is read.
+    weight, bias = layer.weight, layer.bias
+    name = _choose(layer, input, weight)
+    if name == "reference":
+        z = _product(layer, input, weight, bias, output_size)
+        return F.leaky_relu(z, slope) if torch.compiler.is_compiling() else _leaky_relu_(z, slope)
+    # In 16 bits oneDNN adds the bias before it rounds; cuDNN's convolution is rounded before PyTorch adds it.
+    inside = input.is_cpu and _low_precision(weight)
+    z = _product(layer, input, weight, bias if inside else None, output_size)
+    outside = None if inside or bias is None else bias.to(z.dtype)
+    batched = z.dim() == weight.dim()
+    y = fused(z if batched else z.unsqueeze(0), outside, float(slope), name)
+    return y if batched else y.squeeze(0)
+
+
+def _product(conv: _ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None) -> Tensor:
+    layer: Any = conv
+    if not layer.transposed:
+        return layer._conv_forward(x, weight, bias)
+    n = len(layer.kernel_size)
+    padding = layer._output_padding(x, output_size, layer.stride, layer.padding, layer.kernel_size, n, layer.dilation)
+    return _TRANSPOSED[n](x, weight, bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
+
+
+def _choose(layer: _ConvNd, x: Tensor, weight: Tensor) -> str:
+    """The automatic choice; "reference" stands for the library's convolution with its bias, and LeakyReLU in place.
+
+    On the CPU the kernel is for what a gradient penalty may differentiate twice, where it keeps zeros from being convolved, and
+    only where the convolution is so large that an autograd Function costs nothing beside it: from 512 multiplications an output
+    and 2^26 in all. One thread, alternating medians against eager (convolution, F.leaky_relu), input of the layer (batch x
+    channels x side) and, in this order, forward+backward and double backward. Kernel: 16x64x14 0.97, 1.21; 16x128x8 0.99, 1.56;
+    transposed 16x128x7 1.05, 1.22; 16x16x16 0.93, 1.15; 16x8x8 0.87, 1.03. In place: 1.01, 1.01; 1.00, 1.20; 1.00, 1.06;
+    1.00, 0.92; 0.99, 0.98. On CUDA not measured yet.
+    """
+    name = backend.forced()
+    if name is not None:
+        return backend.require(OP, name, x.device.type)
+    if torch.compiler.is_compiling():
+        return "reference"  # Inductor fuses what surrounds the convolution
+    if not x.is_cpu:
+        return next((name for name in ("compiled", "triton") if not backend.problem(name, x.device.type)), "reference")
+    if not (x.requires_grad and torch.is_grad_enabled()) or backend.CPU_PROBLEM:
+        return "reference"
+    strides = math.prod(layer.stride)
+    outputs = layer.out_channels * (strides if layer.transposed else 1)  # per position at which the kernel is laid
+    if weight.numel() < 512 * outputs or _low_precision(weight):
+        return "reference"
+    positions = x.numel() // (layer.in_channels * (1 if layer.transposed else strides))
+    return "compiled" if positions * weight.numel() >= 2**26 else "reference"
+
+
+def _low_precision(weight: Tensor) -> bool:
+    """Whether a convolution with this weight computes in 16 bits."""
+    return weight.dtype.itemsize == 2 or torch.is_autocast_enabled(weight.device.type)
