@@ -2,6 +2,7 @@
 
 from gankern import nn
 from gankern.backend import use_backend
+from gankern.nn.fuse import FusionReport, fuse, fusion_report, unfuse
 from gankern.ops.gan_loss import GanLoss, gan_loss
 from gankern.ops.gradient_norm_penalty import NormPenalty, gradient_norm_penalty
 from gankern.ops.interpolate import interpolate
@@ -12,10 +13,13 @@ from gankern.regularizers import gradient_penalty
 
 __version__ = "0.1.0"
 __all__ = [
+    "FusionReport",
     "GanLoss",
     "MLPCriticLoss",
     "NormPenalty",
     "__version__",
+    "fuse",
+    "fusion_report",
     "gan_loss",
     "gradient_norm_penalty",
     "gradient_penalty",
@@ -28,5 +32,6 @@ __all__ = [
     "mmd2",
     "nn",
     "pulling_away",
+    "unfuse",
     "use_backend",
 ]
