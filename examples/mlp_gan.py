@@ -17,10 +17,13 @@ Z_DIM = 100
 def make_generator():
     return nn.Sequential(
         nn.Linear(Z_DIM, 256),
+        nn.BatchNorm1d(256),
         nn.LeakyReLU(0.2),
         nn.Linear(256, 512),
+        nn.BatchNorm1d(512),
         nn.LeakyReLU(0.2),
         nn.Linear(512, 1024),
+        nn.BatchNorm1d(1024),
         nn.LeakyReLU(0.2),
         nn.Linear(1024, 784),
         nn.Tanh(),
@@ -31,9 +34,7 @@ def make_generator():
 def make_discriminator():
     return nn.Sequential(
         nn.Flatten(),
-        nn.Linear(784, 1024),
-        nn.LeakyReLU(0.2),
-        nn.Linear(1024, 512),
+        nn.Linear(784, 512),
         nn.LeakyReLU(0.2),
         nn.Linear(512, 256),
         nn.LeakyReLU(0.2),

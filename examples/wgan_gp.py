@@ -1,6 +1,6 @@
 """WGAN-GP on MNIST, in plain PyTorch (Gulrajani et al., "Improved training of Wasserstein GANs", 2017).
 
-python wgan_gp.py --steps 2000 --out wgan_gp.png       one step is 5 updates of the critic and one of the generator
+python wgan_gp.py --steps 2000 --out wgan_gp.png       a step: 5 updates of the critic, 1 of the generator
 """
 
 import argparse
