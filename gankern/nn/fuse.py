@@ -270,26 +270,22 @@ def _runs_of(calls: list[_rewrite.Called]) -> Iterator[_Run]:
     for call in [*calls, None]:
         unknown = call is not None and any(isinstance(v, _rewrite.Unknown) for v in (call.f, *call.args, *call.kwargs.values()))
         if isinstance(pending, _chain.Pending):
-            longer = "no LeakyReLU or ReLU follows it" if call is None else _chain.extend(pending, call.f, call.args, call.kwargs)
-            if isinstance(longer, _chain.Pending) and call is not None:
-                pending = longer
+            why = "no LeakyReLU or ReLU follows it" if call is None else pending.add(call.f, call.args, call.kwargs)
+            if not why and call is not None:
                 names.append(_describe(call))
                 continue
             if pending.calls:
-                yield _Run(pending.layer, " + ".join(names), _op(pending.layer), "")
+                yield _Run(pending.layer, " + ".join(names), pending.row.op, "")
             elif unknown and call is not None:
                 yield _Run(pending.layer, f"{names[0]} + {_describe(call)}", DECIDED, "")
             else:
-                yield _Run(pending.layer, names[0], "", longer if call is None else f"{longer}, but {_describe(call)}")
+                yield _Run(pending.layer, names[0], "", why if call is None else f"{why}, but {_describe(call)}")
         elif pending is not None and call is not None and (unknown or _chain.is_activation(call.f, call.args, call.kwargs)):
             yield _Run(None, f"{names[0]} + {_describe(call)}", DECIDED, "")
         pending, names = None, [] if call is None else [_describe(call)]
-        if call is not None and (isinstance(call.f, _rewrite.Unknown) or _chain.kind(call.f) is not None):
-            pending = call if isinstance(call.f, _rewrite.Unknown) else _chain.Pending(call.f, None)
-
-
-def _op(layer: nn.Module) -> str:
-    return _chain.LAYERS[_chain.kind(layer)].op
+        if call is not None:
+            row = _chain.layer_row(call.f)
+            pending = call if isinstance(call.f, _rewrite.Unknown) else None if row is None else _chain.Pending(row, call.f, None)
 
 
 def _describe(call: _rewrite.Called) -> str:
@@ -310,7 +306,7 @@ def _why_not_fused(module: nn.Module) -> str:
 
 def _why_alone(layer: nn.Module, path: str, model: nn.Module) -> str:
     """Why a layer is in no chain of calls that was found."""
-    if _chain.kind(layer) is None:
+    if _chain.layer_row(layer) is None:
         lazy = isinstance(layer, LazyModuleMixin)
         return "it has not seen its first input yet" if lazy else f"{type(layer).__name__} is a class of its own"
     if not path:
