@@ -1,6 +1,6 @@
 """A conditional GAN on MNIST, in plain PyTorch (Mirza and Osindero, "Conditional generative adversarial nets", 2014).
 
-python cgan.py --steps 4000 --out cgan.png       each column of the picture is one digit, 0 to 9
+Each column of the picture is one digit, 0 to 9.
 """
 
 import argparse
@@ -104,5 +104,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="cgan.png", help="picture of 100 samples")
+    parser.add_argument("--out", default="samples.png", help="picture of 100 samples")
     train(**vars(parser.parse_args()))

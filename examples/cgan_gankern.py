@@ -1,6 +1,6 @@
 """A conditional GAN on MNIST, with gankern (Mirza and Osindero, "Conditional generative adversarial nets", 2014).
 
-python cgan_gankern.py --steps 4000 --out cgan_gankern.png       each column of the picture is one digit, 0 to 9
+Each column of the picture is one digit, 0 to 9.
 """
 
 import argparse
@@ -105,5 +105,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="cgan_gankern.png", help="picture of 100 samples")
+    parser.add_argument("--out", default="samples.png", help="picture of 100 samples")
     train(**vars(parser.parse_args()))

@@ -1,7 +1,4 @@
-"""A DCGAN on MNIST at 32 x 32, in plain PyTorch (Radford et al., "Unsupervised representation learning with DCGANs", 2016).
-
-python dcgan.py --steps 1500 --out dcgan.png
-"""
+"""A DCGAN on MNIST at 32 x 32, in plain PyTorch (Radford et al., "Unsupervised representation learning with DCGANs", 2016)."""
 
 import argparse
 
@@ -104,5 +101,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="dcgan.png", help="picture of 64 samples")
+    parser.add_argument("--out", default="samples.png", help="picture of 64 samples")
     train(**vars(parser.parse_args()))

@@ -1,7 +1,4 @@
-"""A DCGAN on MNIST at 32 x 32, with gankern (Radford et al., "Unsupervised representation learning with DCGANs", 2016).
-
-python dcgan_gankern.py --steps 1500 --out dcgan_gankern.png
-"""
+"""A DCGAN on MNIST at 32 x 32, with gankern (Radford et al., "Unsupervised representation learning with DCGANs", 2016)."""
 
 import argparse
 
@@ -105,5 +102,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="dcgan_gankern.png", help="picture of 64 samples")
+    parser.add_argument("--out", default="samples.png", help="picture of 64 samples")
     train(**vars(parser.parse_args()))

@@ -1,6 +1,6 @@
-"""The GAN of mlp_gan.py as a LightningModule, in plain PyTorch. It needs Lightning: pip install "gankern[lightning,train]"
+"""The GAN of mlp_gan.py as a LightningModule, in plain PyTorch.
 
-python lightning_gan.py --steps 4000 --out lightning_gan.png
+Needs Lightning: pip install lightning
 """
 
 import argparse
@@ -101,5 +101,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="lightning_gan.png", help="picture of 64 samples")
+    parser.add_argument("--out", default="samples.png", help="picture of 64 samples")
     train(**vars(parser.parse_args()))

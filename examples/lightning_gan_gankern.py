@@ -1,6 +1,6 @@
-"""The GAN of mlp_gan.py as a LightningModule, with gankern. It needs Lightning: pip install "gankern[lightning,train]"
+"""The GAN of mlp_gan.py as a LightningModule, with gankern.
 
-python lightning_gan_gankern.py --steps 4000 --out lightning_gan_gankern.png
+Needs Lightning: pip install lightning
 """
 
 import argparse
@@ -102,5 +102,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="lightning_gan_gankern.png", help="picture of 64 samples")
+    parser.add_argument("--out", default="samples.png", help="picture of 64 samples")
     train(**vars(parser.parse_args()))

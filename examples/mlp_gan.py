@@ -1,7 +1,4 @@
-"""A GAN of two multilayer perceptrons on MNIST, in plain PyTorch (Goodfellow et al., "Generative adversarial networks", 2014).
-
-python mlp_gan.py --steps 4000 --out mlp_gan.png
-"""
+"""A GAN of two multilayer perceptrons on MNIST, in plain PyTorch (Goodfellow et al., "Generative adversarial networks", 2014)."""
 
 import argparse
 
@@ -91,5 +88,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="mlp_gan.png", help="picture of 64 samples")
+    parser.add_argument("--out", default="samples.png", help="picture of 64 samples")
     train(**vars(parser.parse_args()))

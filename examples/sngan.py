@@ -1,7 +1,4 @@
-"""An SN-GAN on MNIST at 32 x 32, in plain PyTorch (Miyato et al., "Spectral normalization for GANs", 2018).
-
-python sngan.py --steps 1500 --out sngan.png
-"""
+"""An SN-GAN on MNIST at 32 x 32, in plain PyTorch (Miyato et al., "Spectral normalization for GANs", 2018)."""
 
 import argparse
 
@@ -95,5 +92,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="sngan.png", help="picture of 64 samples")
+    parser.add_argument("--out", default="samples.png", help="picture of 64 samples")
     train(**vars(parser.parse_args()))

@@ -1,6 +1,6 @@
 """WGAN-GP on MNIST, the critic's objective in one pass (Gulrajani et al., "Improved training of Wasserstein GANs", 2017).
 
-python wgan_gp_one_pass.py --steps 2000 --out wgan_gp_one_pass.png       a step: 5 updates of the critic, 1 of the generator
+One step is 5 updates of the critic and 1 of the generator.
 """
 
 import argparse
@@ -90,5 +90,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="wgan_gp_one_pass.png", help="picture of 64 samples")
+    parser.add_argument("--out", default="samples.png", help="picture of 64 samples")
     train(**vars(parser.parse_args()))
