@@ -243,10 +243,27 @@ def test_plain_training_moves(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
+def test_every_activation_is_fused(name: str) -> None:
+    """With the layer and the BatchNorm before it; so what is compared below is not plain PyTorch with itself."""
+    for net in Gan(name, torch.float64, gankern.fuse).networks:
+        activations = [m for m in net.modules() if isinstance(m, (nn.LeakyReLU, nn.ReLU))]
+        assert len(gankern.fusion_report(net).fused) == len(activations) > 0, str(gankern.fusion_report(net))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
 def test_fused_training_is_the_same_in_float64(choice: str, name: str) -> None:
     gan, want = Gan(name, torch.float64, gankern.fuse), plain(name, torch.float64)
     torch.testing.assert_close(gan.train(STEPS), want.losses, rtol=1e-9, atol=1e-9)
     assert_same_weights(gan.state(), want.state, 1e-7)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_fused_training_is_the_same_on_triton(name: str) -> None:
+    need("triton")
+    steps = 6  # the interpreter is slow
+    with gankern.use_backend("triton"):
+        losses = Gan(name, torch.float64, gankern.fuse).train(steps)
+    torch.testing.assert_close(losses, plain(name, torch.float64).losses[: len(losses)], rtol=1e-10, atol=1e-10)
 
 
 WIGGLES = (0, 1, 2)
@@ -298,6 +315,17 @@ def test_evaluation_after_training_is_the_same(choice: str) -> None:
         with torch.no_grad():
             outputs.append(g.critic(g.generator(z)))
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-10, atol=1e-10)
+
+
+def test_wgan_gp_with_gankerns_penalty(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the same eps."""
+
+    def ours(critic: nn.Module, real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
+        return gankern.gradient_penalty(critic, real, fake, eps=eps.flatten())
+
+    want = plain("wgan_gp", torch.float64).losses
+    monkeypatch.setitem(globals(), "penalty", ours)
+    torch.testing.assert_close(Gan("wgan_gp", torch.float64, gankern.fuse).train(STEPS), want, rtol=1e-9, atol=1e-9)
 
 
 # --- gankern's spectral norm in the place of PyTorch's --------------------------------------------------------------------------
