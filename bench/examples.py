@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import os
+import itertools
 import runpy
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -44,11 +45,11 @@ def step_seconds(name: str, steps: int, batch_size: int) -> float:
 
     train = runpy.run_path(str(FOLDER / f"{name}.py"))["train"]
     hook = register_optimizer_step_post_hook(note)
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
-        train(steps=steps, batch_size=batch_size, seed=0, out="/dev/null.png" if False else os.devnull)
+    with tempfile.NamedTemporaryFile(suffix=".png") as picture, contextlib.redirect_stdout(None):
+        train(steps=steps, batch_size=batch_size, seed=0, out=picture.name)
     hook.remove()
     ends = times[len(times) // steps - 1 :: len(times) // steps][WARM_UP:]
-    return statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False))
+    return statistics.median(b - a for a, b in itertools.pairwise(ends))
 
 
 def main() -> None:
