@@ -3,6 +3,7 @@
 from gankern import nn
 from gankern.backend import use_backend
 from gankern.nn.fuse import FusionReport, fuse, fusion_report, unfuse
+from gankern.ops.bias_lrelu import bias_lrelu
 from gankern.ops.gan_loss import GanLoss, gan_loss
 from gankern.ops.gradient_norm_penalty import NormPenalty, gradient_norm_penalty
 from gankern.ops.interpolate import interpolate
@@ -18,6 +19,7 @@ __all__ = [
     "MLPCriticLoss",
     "NormPenalty",
     "__version__",
+    "bias_lrelu",
     "fuse",
     "fusion_report",
     "gan_loss",

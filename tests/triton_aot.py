@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import gankern.triton
+from gankern.triton import bias_lrelu as channels
 from gankern.triton import gan_loss as losses
 from gankern.triton import gradient_norm_penalty as penalties
 from gankern.triton import interpolate as mixtures
@@ -99,6 +100,19 @@ def act_cases(sm: int) -> Iterator[Case]:
         if sm == 90:
             yield name, partial(linear.linear_lrelu_act, z, None, 0.2, 0.0, None)
             yield name, partial(linear.linear_lrelu_act_grad, z, z, bits, 0.2, 0.0, False)
+
+
+def bias_lrelu_cases(sm: int) -> Iterator[Case]:
+    # large planes, small planes, planes that are not aligned; channels innermost: one launch, chunks of rows
+    shapes = [(64, 64, 16, 16), (64, 512, 4, 4), (64, 64, 7, 7), (64, 256), (4096, 64)]
+    dtypes = (torch.float32, torch.bfloat16, torch.float64) if sm == 90 else (torch.float32, torch.bfloat16)
+    for dtype, shape in itertools.product(dtypes, shapes if sm == 90 else (shapes[0], shapes[-1])):
+        x, bias, name = torch.zeros(shape, dtype=dtype), torch.zeros(shape[1], dtype=dtype), f"{dtype} {'x'.join(map(str, shape))}"
+        yield name, partial(channels.bias_lrelu, x, bias, 0.2)
+        yield name, partial(channels.bias_lrelu_grad, x, x, 0.2, True)
+        if shape == shapes[0]:
+            yield f"{name} no bias", partial(channels.bias_lrelu, x, None, 0.2)
+            yield f"{name} no bias", partial(channels.bias_lrelu_grad, x, x, 0.2, False)
 
 
 def mlp_critic_cases(sm: int) -> Iterator[Case]:
@@ -196,6 +210,7 @@ def main(architectures: list[int]) -> None:
     for sm in architectures:
         triton.runtime.driver.set_active(Architecture(sm))
         cases = (gan_loss_cases, act_cases, product_cases, penalty_cases, pairwise_cases, spectral_norm_cases, mlp_critic_cases)
+        cases += (bias_lrelu_cases,)
         for case, launch in itertools.chain.from_iterable(make(sm) for make in cases):
             launch()
             for name, kernel in compiled:

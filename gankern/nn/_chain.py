@@ -23,7 +23,10 @@ from torch.nn.modules.module import _global_backward_pre_hooks as _ALL_BACKWARD_
 from torch.nn.modules.module import _global_forward_hooks as _ALL_FORWARD
 from torch.nn.modules.module import _global_forward_pre_hooks as _ALL_FORWARD_PRE
 
-from gankern import checks
+from gankern import backend, checks
+from gankern.nn.conv import conv_lrelu
+from gankern.ops.linear_lrelu import _choose as chosen
+from gankern.ops.linear_lrelu import _products as products
 from gankern.ops.linear_lrelu import linear_lrelu
 
 
@@ -109,10 +112,25 @@ def parameter(layer: nn.Module, name: str) -> Any:
 
 
 def _linear(layer: nn.Module, x: Tensor, slope: float, p: float, training: bool) -> Tensor:
-    return linear_lrelu(x, parameter(layer, "weight"), parameter(layer, "bias"), slope, p, training)
+    weight, bias = parameter(layer, "weight"), parameter(layer, "bias")
+    if training and p > 0 and x.is_cpu and backend.automatic() and chosen("cpu", p, products(x, weight)) == "reference":
+        return F.dropout(F.leaky_relu(F.linear(x, weight, bias), slope), p)  # what the op would do, without its checks
+    return linear_lrelu(x, weight, bias, slope, p, training)
 
 
-LAYERS: dict[Any, Layer] = {nn.Linear: Layer("linear_lrelu", _linear, dropout=True)}
+def _conv(layer: Any, x: Tensor, slope: float, p: float, training: bool) -> Tensor:
+    return conv_lrelu(layer, x, slope)
+
+
+LAYERS: dict[Any, Layer] = {
+    nn.Linear: Layer("linear_lrelu", _linear, dropout=True),
+    nn.Conv1d: Layer("bias_lrelu", _conv),
+    nn.Conv2d: Layer("bias_lrelu", _conv),
+    nn.Conv3d: Layer("bias_lrelu", _conv),
+    nn.ConvTranspose1d: Layer("bias_lrelu", _conv),
+    nn.ConvTranspose2d: Layer("bias_lrelu", _conv),
+    nn.ConvTranspose3d: Layer("bias_lrelu", _conv),
+}
 
 
 def layer_row(f: Any) -> Layer | None:
@@ -138,7 +156,8 @@ def relu_(x: Any) -> Any:
     return x.relu_()
 
 
-_ARGUMENTS = {  # of activations and dropout, after the input: names and defaults; the last place of an activation is its slope
+# Of activations and dropout, after the input: names and defaults.
+_ARGUMENTS: dict[Any, tuple[tuple[str, Any], ...]] = {
     F.leaky_relu: (("negative_slope", 0.01), ("inplace", False)),
     F.leaky_relu_: (("negative_slope", 0.01),),
     F.relu: (("inplace", False),),
@@ -164,25 +183,27 @@ def _arguments(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
 def _slope(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The negative slope of the activation f(_, *args, **kwargs), or None where it is none that an op has."""
     cls = type(f)
+    slope: Any = None
     if cls is nn.LeakyReLU or cls is nn.ReLU:
-        if args or kwargs:
-            return None
-        slope = f.negative_slope if cls is nn.LeakyReLU else 0.0
+        if not args and not kwargs:
+            slope = 0.0 if cls is nn.ReLU else f.negative_slope
+    elif f is F.leaky_relu and len(args) == 1 and not kwargs:  # the call most often met, without a dictionary
+        slope = args[0]
     else:
         found = _arguments(f, args, kwargs)
-        if found is None or "p" in found:
-            return None
-        slope = found.get("negative_slope", 0.0)
+        if found is not None and "p" not in found:
+            slope = found.get("negative_slope", 0.0)
     return slope if type(slope) in (float, int) and 0 <= slope < math.inf else None
 
 
 def _dropout(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """(p, training) of the dropout f(_, *args, **kwargs), or None where it is none."""
     if type(f) is nn.Dropout:
-        p, training = (f.p, f.training) if not args and not kwargs else (None, None)
+        found: dict[str, Any] = {} if args or kwargs else {"p": f.p, "training": f.training}
     else:
         found = _arguments(f, args, kwargs) or {}
-        p, training = found.get("p"), found.get("training")
+    p: Any = found.get("p")
+    training = found.get("training")
     return (p, training) if type(p) in (float, int) and 0 <= p <= 1 and type(training) is bool else None
 
 

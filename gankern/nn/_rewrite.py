@@ -50,9 +50,10 @@ class Site(NamedTuple):
     """Calls that follow each other: statements x = f(x) of the original, or one expression f(g(x))."""
 
     nodes: list[Any]  # ast.stmt or ast.expr
-    function: FunctionType
+    function: Any  # the method as it was
 
 
+@functools.lru_cache(maxsize=256)
 def rewrite(function: Any) -> tuple[FunctionType, list[Site]]:
     """The function that does the same through `step`, and where; the same function if there is nothing to rewrite.
 
@@ -306,29 +307,27 @@ class _Rewriter:
             return ast.copy_location(ast.If(s.test, body, orelse), s)
         return ast.copy_location(ast.For(s.target, s.iter, body, orelse, s.type_comment), s)
 
-    def closes(self, s: ast.stmt, waiting: str) -> bool:
-        """Whether the statement uses what waits first of all, once, and it is not read later."""
-        dead = isinstance(s, ast.Return) or self.loads[waiting] == 1
-        if isinstance(s, ast.Assign):
-            dead = dead or (len(s.targets) == 1 and isinstance(s.targets[0], ast.Name) and s.targets[0].id == waiting)
-        elif not isinstance(s, ast.Return):
-            return False
-        node: Any = s.value
-        if not dead or node is None or _mentions(node, waiting) != 1:
-            return False
+    def closes(self, s: ast.stmt | None, waiting: str) -> ast.expr | None:
+        """The calls on what waits, if the statement makes them first of all, and it is not read again."""
+        if not isinstance(s, (ast.Assign, ast.Return)) or s.value is None or _mentions(s.value, waiting) != 1:
+            return None
+        assigned = isinstance(s, ast.Assign) and len(s.targets) == 1 and isinstance(s.targets[0], ast.Name)
+        if not (isinstance(s, ast.Return) or self.loads[waiting] == 1 or (assigned and s.targets[0].id == waiting)):  # type: ignore[attr-defined]
+            return None
+        node: ast.expr = s.value
         while isinstance(node, ast.Call):
             found = self.chain(node)
             if found is not None:
+                if isinstance(found[1], ast.Name):
+                    return node if found[1].id == waiting else None
                 node = found[1]
-                if isinstance(node, ast.Name):
-                    return node.id == waiting
             elif isinstance(node.func, ast.Attribute) and not isinstance(node.func.value, ast.Name):
                 node = node.func.value
             elif node.args and _quiet(node.func):
                 node = node.args[0]
             else:
-                return False
-        return False
+                return None
+        return None
 
     def block(self, statements: list[ast.stmt], runs: bool = True) -> list[ast.stmt]:
         """A list of statements rewritten; `runs` False: no result may wait from one statement to the next."""
@@ -348,13 +347,13 @@ class _Rewriter:
                 continue
             i += len(run)
             last = statements[i] if i < len(statements) else None
-            closing = last is not None and self.closes(last, waiting)
-            if len(run) == 1 and not closing and not isinstance(run[0], ast.For) and self.links(run[0]) < 2:
+            closing = self.closes(last, waiting)
+            if len(run) == 1 and closing is None and not isinstance(run[0], ast.For) and self.links(run[0]) < 2:
                 made.append(self.other(run[0], runs))
                 continue
-            self.sites.append(Site(copy.deepcopy([*run, last] if closing and last is not None else run), self.function))
+            self.sites.append(Site(copy.deepcopy([*run, *([] if closing is None else [closing])]), self.function))
             made += [self.open(s) for s in run]
-            if closing and last is not None:
+            if closing is not None and last is not None:
                 last.value = self.expression(last.value, waiting)  # type: ignore[attr-defined]
                 made.append(last)
                 i += 1
@@ -454,14 +453,9 @@ class _Walker:
             test = self.value(node.test)
             branches = [*node.body, *node.orelse] if isinstance(test, Unknown) else node.body if test else node.orelse
             yield from (c for s in branches for c in self.calls(s))
-        elif isinstance(node, (ast.Assign, ast.Return)):
-            yield from self.calls(node.value)
-        elif isinstance(node, ast.Call):
-            found = self.rewriter.chain(node)
-            if found is None:
-                inner = node.func.value if isinstance(node.func, ast.Attribute) else node.args[0] if node.args else None
-                yield from self.calls(inner)
-                return
+        else:
+            found = self.rewriter.chain(node.value if isinstance(node, ast.Assign) else node)
+            assert found is not None
             for link in found[0]:
                 f = getattr(_chain, link.helper.removeprefix("_gankern_")) if link.helper else self.value(link.f)
                 args = tuple(self.value(a) for a in link.args)

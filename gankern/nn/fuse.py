@@ -27,6 +27,7 @@ def fuse(model: Module, *, inplace: bool = False) -> Module:
     | calls that follow each other | run as |
     |---|---|
     | nn.Linear, LeakyReLU or ReLU, and Dropout if there is one | `gankern.linear_lrelu` |
+    | nn.Conv1d ... nn.ConvTranspose3d, LeakyReLU or ReLU | the library's convolution and `gankern.bias_lrelu` |
 
     LeakyReLU is nn.LeakyReLU, F.leaky_relu or one of their in-place forms with a slope >= 0; ReLU is nn.ReLU, F.relu, torch.relu or
     x.relu(); Dropout is nn.Dropout or F.dropout. They are found in each nn.Sequential, and in any forward written in Python: in
@@ -74,8 +75,9 @@ def unfuse(model: Module) -> Module:
     if not isinstance(model, nn.Module):
         checks.fail(TypeError, "unfuse", "model", "be a torch.nn.Module", type(model).__name__)
     for module in model.modules():
-        if isinstance(module, Fused) and "unfused" in type(module).__dict__:
-            module.__class__ = module.unfused
+        cls: Any = type(module)
+        if isinstance(module, Fused) and "unfused" in cls.__dict__:
+            module.__class__ = cls.unfused
     return model
 
 
@@ -102,10 +104,10 @@ class Fused(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the user's class reduces itself, then fused again: the class made here has no name to be pickled by."""
-        cls = type(self)
+        cls: Any = type(self)
         if "unfused" not in cls.__dict__:
             return super().__reduce_ex__(protocol)
-        self.__class__ = cls.unfused  # type: ignore[assignment]
+        self.__class__ = cls.unfused
         try:
             made, args, *rest = self.__reduce_ex__(protocol)
         finally:
@@ -123,7 +125,7 @@ def _fused_again(made: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Mo
 
 def fused_class(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The subclass that runs cls's calls by `step`, or None where there is nothing to change; the same one for the same class."""
-    for made in cls.__subclasses__():
+    for made in [*cls.__subclasses__(), *(_chain.FusedSequential.__subclasses__() if cls is nn.Sequential else [])]:
         if made.__dict__.get("unfused") is cls:
             return made
     sequential = cls is nn.Sequential or (issubclass(cls, nn.Sequential) and not _is_torchs(cls))
@@ -141,7 +143,8 @@ def fused_class(cls: type[nn.Module]) -> type[nn.Module] | None:
         return None
     bases = (cls,) if not sequential else (_chain.FusedSequential,) if cls is nn.Sequential else (cls, _chain.FusedSequential)
     namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls)(cls.__name__, (Fused, *bases), {**namespace, **methods, "unfused": cls, "sites": sites})
+    metaclass: Any = type(cls)
+    return metaclass(cls.__name__, (Fused, *bases), {**namespace, **methods, "unfused": cls, "sites": sites})
 
 
 def _methods(cls: type[nn.Module]) -> Iterator[tuple[str, Any]]:
@@ -220,8 +223,8 @@ def fusion_report(model: nn.Module) -> FusionReport:
     """
     if not isinstance(model, nn.Module):
         checks.fail(TypeError, "fusion_report", "model", "be a torch.nn.Module", type(model).__name__)
-    paths = {module: path for path, module in model.named_modules()}
-    order = {module: i for i, module in enumerate(paths)}
+    paths: dict[Any, str] = {module: path for path, module in model.named_modules()}
+    order: dict[Any, int] = {module: i for i, module in enumerate(paths)}
     rows: list[tuple[int, FusionRow]] = []
     seen: set[Any] = set()
     for module in paths:
@@ -231,9 +234,10 @@ def fusion_report(model: nn.Module) -> FusionReport:
             path = paths.get(found.layer, found.calls)
             seen.add(found.layer)
             rows.append((order.get(found.layer, order[module]), FusionRow(path, found.calls, "" if why else found.into, why)))
+    layers: Any = tuple(_chain.LAYERS)
     for module, path in paths.items():
-        if module not in seen and isinstance(module, tuple(_chain.LAYERS)):
-            why = _why_alone(module, paths[module], model)
+        if module not in seen and isinstance(module, layers):
+            why = _why_alone(module, path, model)
             rows.append((order[module], FusionRow(path, type(module).__name__, "", why)))
     return FusionReport([row for _, row in sorted(rows, key=lambda pair: pair[0])])
 

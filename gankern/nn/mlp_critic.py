@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gankern import checks
+from gankern.nn._chain import FusedSequential
 from gankern.nn.linear import LinearLeakyReLU
 from gankern.ops.mlp_critic import MLPCriticLoss, mlp_critic, mlp_critic_penalty
 
@@ -49,7 +50,7 @@ def _read(critic: nn.Module) -> tuple[MLPLayers, str]:
     layers, open_layer = MLPLayers([], [], [], []), False  # open: no activation yet
     if not isinstance(critic, nn.Sequential):
         return layers, type(critic).__name__
-    if type(critic).forward not in (nn.Sequential.forward, MLPCritic.forward):
+    if type(critic).forward not in (nn.Sequential.forward, FusedSequential.forward, MLPCritic.forward):
         return layers, f"{type(critic).__name__}, which has a forward of its own"
     if _has_hooks(critic):
         return layers, "one with hooks"
