@@ -1,6 +1,6 @@
 """The GAN of mlp_gan.py as a LightningModule, with gankern.
 
-Needs Lightning: pip install "gankern[lightning]"
+Needs Lightning: pip install "lightning>=2.6"
 """
 
 import argparse

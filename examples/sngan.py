@@ -32,9 +32,7 @@ def make_generator(width=32):
 
 def make_discriminator(width=32):
     return nn.Sequential(
-        spectral_norm(nn.Conv2d(1, width, 3, 1, 1)),  # 32 x 32
-        nn.LeakyReLU(0.1),
-        spectral_norm(nn.Conv2d(width, width, 4, 2, 1)),  # 16 x 16
+        spectral_norm(nn.Conv2d(1, width, 4, 2, 1)),  # 16 x 16
         nn.LeakyReLU(0.1),
         spectral_norm(nn.Conv2d(width, 2 * width, 4, 2, 1)),  # 8 x 8
         nn.LeakyReLU(0.1),
