@@ -128,6 +128,27 @@ class Named(nn.Sequential):
         return super().forward(x.flatten(1)).squeeze(1)
 
 
+class ConvCritic(nn.Module):
+    """Convolutions in a free-form forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 4, 4, 2, 1, padding_mode="reflect")
+        self.conv2 = parametrizations.spectral_norm(nn.Conv2d(4, 6, 3, bias=False))
+        self.fc = nn.Linear(24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.leaky_relu(self.conv1(x), 0.2, True)
+        x = F.leaky_relu(self.conv2(x), 0.2)
+        return self.fc(torch.flatten(x, 1))
+
+
+def generator() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Unflatten(1, (7, 1, 1)), nn.ConvTranspose2d(7, 5, 3), nn.ReLU(True), nn.ConvTranspose2d(5, 2, 4, 2, 1), nn.Tanh()
+    )
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and how many chains are fused
     "sequential": (mlp, 3),
     "functional": (Functional, 3),
@@ -139,8 +160,23 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and how many cha
     "spectral norm": (lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(7, 9)), nn.ReLU(), nn.Linear(9, 1)), 1),
     "spectral norm of all": (lambda: gankern.nn.spectral_norm_(mlp()), 3),
     "weight norm": (lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(7, 9)), nn.LeakyReLU(), nn.Linear(9, 1)), 1),
+    "convolutions": (ConvCritic, 2),
+    "transposed convolution": (generator, 1),
+    "1d": (lambda: nn.Sequential(nn.Unflatten(1, (1, 7)), nn.Conv1d(1, 3, 3), nn.LeakyReLU(0.2), nn.Conv1d(3, 2, 3), nn.ReLU()), 2),
+    "3d": (lambda: nn.Sequential(nn.Unflatten(1, (1, 1, 1, 7)), nn.Conv3d(1, 3, (1, 1, 3), groups=1), nn.LeakyReLU(0.2)), 1),
     "our critic": (lambda: gankern.nn.MLPCritic(nn.Linear(7, 9), nn.LeakyReLU(0.2), nn.Linear(9, 1)), 1),
 }
+
+
+COPYABLE = [n for n in NETWORKS if "spectral" not in n and "weight" not in n and n != "convolutions"]  # parametrised: not by pickle
+
+
+def sample(name: str, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
+    shape = SHAPES.get(name, (7,))
+    return randn(6, *shape, seed=seed, dtype=dtype)
+
+
+SHAPES = {"convolutions": (2, 8, 8)}
 
 
 def pair(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
@@ -181,30 +217,31 @@ def test_same_numbers(name: str, training: bool, backend: str) -> None:
     plain, fused = pair(name)
     assert fused_count(fused) == NETWORKS[name][1]
     assert isinstance(fused, type(plain)) or hasattr(plain, "parametrizations")
-    x = randn(6, 7, seed=1)
-    for step in range(2):  # spectral norm moves on at each
-        assert_same(everything(fused.train(training), x), everything(plain.train(training), x)), step
+    x = sample(name)
+    for _ in range(2):  # spectral norm and running averages move on
+        assert_same(everything(fused.train(training), x), everything(plain.train(training), x))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_same_numbers_by_default(name: str) -> None:
     plain, fused = pair(name, torch.float32)
-    assert_same(
-        everything(fused, randn(6, 7, seed=1, dtype=torch.float32)),
-        everything(plain, randn(6, 7, seed=1, dtype=torch.float32)),
-        2e-5,
-    )
+    x = sample(name, dtype=torch.float32)
+    assert_same(everything(fused, x), everything(plain, x), 2e-5)
 
 
 def test_the_ops_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the report says is what is called."""
     calls = []
-    row = _chain.LAYERS[nn.Linear]
-    monkeypatch.setitem(_chain.LAYERS, nn.Linear, row._replace(run=lambda *a: (calls.append(a[2:]), row.run(*a))[1]))
+
+    def spy(row: _chain.Layer) -> _chain.Layer:
+        return row._replace(run=lambda *a: (calls.append(a[2:]), row.run(*a))[1])
+
+    for cls, row in list(_chain.LAYERS.items()):
+        monkeypatch.setitem(_chain.LAYERS, cls, spy(row))
     for name, (_, count) in NETWORKS.items():
         calls.clear()
         _, fused = pair(name)
-        fused(randn(6, 7, seed=1))
+        fused(sample(name))
         assert len(calls) == count, name
     fused = gankern.fuse(mlp(0.3))
     calls.clear()
@@ -234,7 +271,7 @@ def test_products_of_a_gradient_penalty() -> None:
 # --- nothing else changes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n in NETWORKS if "norm" not in n])
+@pytest.mark.parametrize("name", COPYABLE)
 def test_keys_names_and_repr_stay(name: str) -> None:
     plain, _ = pair(name)
     fused = gankern.fuse(plain)
@@ -264,11 +301,11 @@ def test_inplace_and_an_optimiser_made_before() -> None:
     assert isinstance(plain, Fused)
 
 
-@pytest.mark.parametrize("name", [n for n in NETWORKS if "norm" not in n])
+@pytest.mark.parametrize("name", COPYABLE)
 @pytest.mark.parametrize("way", ["deepcopy", "copy", "pickle", "save", "state_dict"])
 def test_copies(name: str, way: str) -> None:
     plain, fused = pair(name)
-    x = randn(6, 7, seed=1)
+    x = sample(name)
     if way == "state_dict":
         other = gankern.fuse(NETWORKS[name][0]().to(DEVICE, torch.float64))
         other.load_state_dict(plain.state_dict())
@@ -617,6 +654,17 @@ def test_shared_modules_and_tied_weights() -> None:
     assert [row.path for row in gankern.fusion_report(fused).fused] == ["0", "0", "6"]
     x = randn(4, 7, seed=0)
     assert_same(everything(fused, x), everything(plain, x))
+
+
+def test_relu_in_float16_is_eager() -> None:
+    """There sums overflow, and ReLU of -inf is 0."""
+    plain = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU())
+    plain[0].weight.data.fill_(-300)
+    x = torch.full((1, 2), 300.0)
+    fused = gankern.fuse(plain)
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(fused(x), torch.zeros(1, 2, dtype=torch.float16))
+    assert torch.equal(gankern.fuse(plain.half())(x.half()), torch.zeros(1, 2, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -77,7 +77,7 @@ def finish(x: Any) -> Any:
     """x, or the result that a Pending stands for."""
     if type(x) is not Pending:
         return x
-    if x.calls and _fits(x.layer, x.x):
+    if x.calls and _fits(x.layer, x.x, x.slope):
         return x.row.run(x.layer, x.x, x.slope, x.p, x.training)
     y = x.layer(x.x)
     for f, args, kwargs in x.calls:
@@ -224,15 +224,27 @@ def has_hooks(m: nn.Module) -> bool:
     )
 
 
-def _fits(layer: nn.Module, x: Any) -> bool:
-    """Whether the ops take these tensors; any others are left to the layer."""
+def _fits(layer: nn.Module, x: Any, slope: float) -> bool:
+    """Whether the ops take these tensors; any others are left to the layer.
+
+    So is ReLU in float16, where sums do overflow: of -inf ReLU makes 0, LeakyReLU of slope 0 makes NaN.
+    """
     return (
         (type(x) is Tensor or type(x) is nn.Parameter)
         and type(layer._parameters.get("weight")) in _PLAIN
         and (x.is_cpu or x.is_cuda)
         and x.dtype in checks.FLOATING
         and not x.is_mkldnn
+        and (slope > 0 or not _float16(x))
     )
+
+
+def _float16(x: Tensor) -> bool:
+    """Whether a layer computes in float16."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device) == torch.float16
+    return x.dtype == torch.float16
 
 
 _PLAIN = (nn.Parameter, Tensor, type(None))
