@@ -34,6 +34,15 @@ def kernel_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One CPU thread: the fastest for small networks, where test processes share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Fresh memory is NaN (integers: their largest value), from Python and from C++: an element left unwritten shows."""

@@ -23,6 +23,7 @@ from torch.nn.utils.parametrizations import spectral_norm as torch_spectral_norm
 import gankern
 from tests.support import DEVICE, need
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 300
 LR = 2e-4
 Networks = tuple[nn.Module, nn.Module]
@@ -206,15 +207,6 @@ class Run(NamedTuple):
 def plain(name: str, dtype: torch.dtype, wiggle: int = 0) -> Run:
     gan = Gan(name, dtype, wiggle=wiggle)
     return Run(gan.train(STEPS), copy.deepcopy(gan.state()))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The fastest at these sizes, and other tests run beside this one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["automatic", "compiled"])
