@@ -4,6 +4,7 @@ from gankern import nn
 from gankern.backend import use_backend
 from gankern.nn.fuse import FusionReport, fuse, fusion_report, unfuse
 from gankern.ops.bias_lrelu import bias_lrelu
+from gankern.ops.bn_lrelu import bn_lrelu
 from gankern.ops.gan_loss import GanLoss, gan_loss
 from gankern.ops.gradient_norm_penalty import NormPenalty, gradient_norm_penalty
 from gankern.ops.interpolate import interpolate
@@ -20,6 +21,7 @@ __all__ = [
     "NormPenalty",
     "__version__",
     "bias_lrelu",
+    "bn_lrelu",
     "fuse",
     "fusion_report",
     "gan_loss",

@@ -6,16 +6,19 @@ below fails on such an op, and is itself checked on one that is broken on purpos
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import gankern
+from gankern.ops.spectral_norm import spectral_norm
 from tests.support import DEVICE, CountProducts, assert_matches, need, randn
 
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -148,7 +151,7 @@ def test_a_declared_first_order_op_raises() -> None:
         penalty(with_activation(OnceDifferentiable), parameters, randn(16, 7, seed=20)).backward()
 
 
-# --- no more products than needed ---------------------------------------------------------------------------------------------
+# --- no more products than needed -------------------------------------------------------------------------------------------------
 
 SIZES = {"3 layers": (784, 512, 256, 1), "4 layers": (784, 1024, 512, 256, 1)}
 
@@ -179,3 +182,231 @@ def test_products_of_a_first_order_step() -> None:
         with gankern.use_backend("compiled"), CountProducts() as products:
             torch.autograd.grad(gankern.linear_lrelu(*leaves).sum(), [t for t in leaves if t.requires_grad])
         assert products.count <= most, f"{products.count} products for {len(wanted)} gradients"
+
+
+# --- whole critics made of each op on the path from input to output ---------------------------------------------------------------
+
+
+class Features(nn.Module):
+    """Minibatch discrimination in plain PyTorch, with the parameter of `gankern.nn.MinibatchDiscrimination`."""
+
+    def __init__(self, inputs: int, features: int, kernel: int) -> None:
+        super().__init__()
+        self.T = nn.Parameter(torch.empty(inputs, features, kernel))
+
+    def forward(self, x: Tensor) -> Tensor:
+        m = (x @ self.T.flatten(1)).unflatten(1, self.T.shape[1:])
+        similar = torch.exp(-(m.unsqueeze(1) - m).abs().sum(-1))
+        return torch.cat([x, similar.sum(1) - 1], dim=1)
+
+
+class Distance(nn.Module):
+    """Mean squared distance to the others, in plain PyTorch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        d = (x.unsqueeze(1) - x).square().sum(-1)
+        return torch.cat([x, d.sum(1, keepdim=True) / (len(x) - 1)], dim=1)
+
+
+def layers(norm: Callable[[nn.Module], nn.Module] = lambda m: m, *extra: nn.Module) -> nn.Sequential:
+    """7-13-5-1, LeakyReLU between."""
+    widths = 5 + sum(m.T.shape[1] if hasattr(m, "T") else 1 for m in extra)
+    return nn.Sequential(
+        norm(nn.Linear(7, 13)), nn.LeakyReLU(0.2), norm(nn.Linear(13, 5)), nn.LeakyReLU(0.2), *extra, norm(nn.Linear(widths, 1))
+    )
+
+
+def convolutions(norm: Callable[[nn.Module], nn.Module] = lambda m: m) -> nn.Sequential:
+    return nn.Sequential(
+        norm(nn.Conv2d(1, 3, 3)), nn.LeakyReLU(0.2), norm(nn.Conv2d(3, 4, 3)), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(16, 1)
+    )
+
+
+def modules() -> nn.Sequential:
+    linear = gankern.nn.LinearLeakyReLU
+    return nn.Sequential(linear(7, 13), nn.Identity(), linear(13, 5), nn.Identity(), nn.Linear(5, 1))
+
+
+def fused(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: gankern.fuse(make())
+
+
+torch_norm, our_norm = nn.utils.parametrizations.spectral_norm, gankern.nn.spectral_norm
+CRITICS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {  # ours, and plain PyTorch with the same keys
+    "linear_lrelu": (modules, layers),
+    "linear_lrelu, fused": (fused(layers), layers),
+    "bias_lrelu, fused": (fused(convolutions), convolutions),
+    "spectral_norm": (lambda: layers(our_norm), lambda: layers(torch_norm)),
+    "spectral_norm, fused": (fused(lambda: layers(our_norm)), lambda: layers(torch_norm)),
+    "spectral_norm, all at once": (lambda: gankern.nn.spectral_norm_(layers()), lambda: layers(torch_norm)),
+    "spectral_norm of convolutions": (fused(lambda: convolutions(our_norm)), lambda: convolutions(torch_norm)),
+    "minibatch_features": (
+        lambda: layers(lambda m: m, gankern.nn.MinibatchDiscrimination(5, 4, 3)),
+        lambda: layers(lambda m: m, Features(5, 4, 3)),
+    ),
+    "minibatch_distance": (
+        lambda: layers(lambda m: m, gankern.nn.MinibatchDistance()),
+        lambda: layers(lambda m: m, Distance()),
+    ),
+}
+
+
+def combined(critic: nn.Module, dtype: torch.dtype, weight: float, ours: bool, shape: Sequence[int]) -> dict[str, Tensor]:
+    """Gradients of adversarial loss + weight * penalty in every parameter, of our ops or of plain PyTorch."""
+    real, fake = randn(16, *shape, seed=50, dtype=dtype), randn(16, *shape, seed=51, dtype=dtype)
+    eps = randn(16, seed=52, dtype=dtype).sigmoid()
+    a_real, a_fake = critic(real), critic(fake)
+    if ours:
+        loss = gankern.gan_loss(a_real, a_fake).loss + gankern.gradient_penalty(critic, real, fake, weight=weight, eps=eps)
+    else:
+        e = eps.reshape(-1, *(1,) * len(shape))
+        x = (e * real + (1 - e) * fake).requires_grad_()
+        (grad,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+        loss = F.softplus(-a_real).mean() + F.softplus(a_fake).mean()
+        loss = loss + weight * (grad.flatten(1).norm(2, dim=1) - 1).square().mean()
+    names, parameters = zip(*critic.named_parameters(), strict=True)
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, parameters, grads, strict=True)}
+
+
+def check_critic(name: str, dtype: torch.dtype, weight: float = 10.0, training: bool = True) -> None:
+    """Our gradients are those of float64 autograd, and the penalty counts in that of every matrix."""
+    make, make_plain = CRITICS[name]
+    torch.manual_seed(0)
+    critic, plain = make().to(DEVICE, dtype), make_plain().to(DEVICE, torch.float64)
+    with torch.no_grad():
+        for i, p in enumerate(critic.parameters()):
+            p.copy_(randn(*p.shape, seed=60 + i, scale=p[0].numel() ** -0.5 if p.dim() > 1 else 1.0))
+    plain.load_state_dict(critic.state_dict())
+    shape = (1, 6, 6) if "conv" in name or "bias" in name else (7,)
+    state = copy.deepcopy(plain.state_dict())
+    got = combined(critic.train(training), dtype, weight, True, shape)
+    want = combined(plain.train(training), torch.float64, 10.0, False, shape)
+    plain.load_state_dict(state)
+    without = combined(plain, torch.float64, 0.0, False, shape)
+    assert got.keys() == want.keys()
+    for key, w in want.items():
+        error, limit = (got[key].double() - w).abs().max().item(), TOLERANCE[dtype] * w.abs().max().item()
+        assert error <= limit, f"{key}: error {error:.3g}, allowed {limit:.3g}"
+        if w.dim() > 1:
+            assert (w - without[key]).abs().max() > 1000 * limit, f"{key}: the penalty does not count"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", CRITICS)
+def test_weight_gradients_of_the_combined_loss(name: str, dtype: torch.dtype, backend: str) -> None:
+    check_critic(name, dtype)
+
+
+@pytest.mark.parametrize("name", CRITICS)
+def test_weight_gradients_of_the_combined_loss_by_default(name: str) -> None:
+    check_critic(name, torch.float32)
+    check_critic(name, torch.float64, training=False)
+
+
+@pytest.mark.parametrize("name", CRITICS)
+def test_the_check_fails_without_the_penalty(name: str) -> None:
+    with pytest.raises(AssertionError, match=r"error .*, allowed"):
+        check_critic(name, torch.float32, weight=0.0)
+
+
+@pytest.mark.parametrize("objective", ["wgan", "non-saturating"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_weight_gradients_of_the_one_pass_critic(backend: str, dtype: torch.dtype, objective: str) -> None:
+    parameters = critic_parameters((7, 13, 5, 1), dtype)
+    real, fake = (randn(16, 7, seed=seed, dtype=dtype) for seed in (70, 71))
+    eps = randn(16, seed=72, dtype=dtype).sigmoid()
+    exact = [p.detach().double().requires_grad_() for p in parameters]
+
+    def autograd(weight: float) -> list[Tensor]:
+        a_real, a_fake = (critic(plain, exact, x.double()) for x in (real, fake))
+        e = eps.double()[:, None]
+        loss = a_fake.mean() - a_real.mean() if objective == "wgan" else F.softplus(-a_real).mean() + F.softplus(a_fake).mean()
+        loss = loss + weight * penalty(plain, exact, e * real.double() + (1 - e) * fake.double())
+        grads = torch.autograd.grad(loss, exact, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(exact, grads, strict=True)]
+
+    def ours(weight: float) -> list[Tensor]:
+        found = gankern.mlp_critic(
+            real, fake, parameters[::2], parameters[1::2], objective=objective, penalty_weight=weight, eps=eps
+        )
+        return list(torch.autograd.grad(found.loss, parameters))
+
+    want, without, got, mutant = autograd(10.0), autograd(0.0), ours(10.0), ours(0.0)
+    for w, base, g, m in zip(want, without, got, mutant, strict=True):
+        limit = TOLERANCE[dtype] * max(w.abs().max().item(), 1e-3)
+        assert (g.double() - w).abs().max() <= limit
+        if w.dim() == 2:
+            assert (w - base).abs().max() > 1000 * limit
+            assert (m.double() - w).abs().max() > limit
+
+
+# --- forward mode: right, or an exception -----------------------------------------------------------------------------------------
+
+
+def mlp_problem(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    return lambda w1, w2, *x: function(*x, [w1, w2], [None, None])
+
+
+FORWARD: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {  # function and the shapes of its arguments
+    "linear_lrelu": (gankern.linear_lrelu, [(4, 3), (5, 3), (5,)]),
+    "bias_lrelu": (gankern.bias_lrelu, [(4, 3, 2), (3,)]),
+    "gan_loss": (lambda r, f: gankern.gan_loss(r, f).loss, [(4, 1), (5, 1)]),
+    "gan_loss of a generator": (lambda f: gankern.gan_loss(None, f, "lsgan", "generator").loss, [(5, 1)]),
+    "gan_loss, relativistic": (lambda r, f: gankern.gan_loss(r, f, "relativistic-average").loss, [(5, 1), (5, 1)]),
+    "interpolate": (lambda a, b: gankern.interpolate(a, b, torch.full((4,), 0.3, dtype=a.dtype)), [(4, 3), (4, 3)]),
+    "gradient_norm_penalty": (lambda g: gankern.gradient_norm_penalty(g).value, [(4, 3)]),
+    "gradient_penalty": (
+        lambda w, r, f: gankern.gradient_penalty(lambda x: F.leaky_relu(x @ w).sum(1), r, f, eps=torch.full((4,), 0.3).double()),
+        [(3, 5), (4, 3), (4, 3)],
+    ),
+    "mlp_critic": (mlp_problem(lambda r, f, w, b: gankern.mlp_critic(r, f, w, b).loss), [(5, 3), (1, 5), (4, 3), (4, 3)]),
+    "mlp_critic_penalty": (mlp_problem(lambda x, w, b: gankern.mlp_critic_penalty(x, w, b).loss), [(5, 3), (1, 5), (4, 3)]),
+    "minibatch_features": (gankern.minibatch_features, [(4, 3, 2)]),
+    "minibatch_distance": (gankern.minibatch_distance, [(4, 3)]),
+    "mmd2": (gankern.mmd2, [(4, 3), (5, 3)]),
+    "pulling_away": (gankern.pulling_away, [(4, 3)]),
+    "spectral_norm": (
+        lambda w: spectral_norm([w], [randn(4, seed=7)], [randn(3, seed=8)], [0], 0)[0],
+        [(4, 3)],
+    ),
+}
+DETACHED = {"gradient_penalty": 1, "mlp_critic": 2, "mlp_critic_penalty": 2}  # from this argument on: samples, which do not move
+
+
+@pytest.mark.parametrize("of_gradient", [False, True], ids=["value", "gradient"])
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward_mode_is_right_or_raises(name: str, of_gradient: bool, backend: str) -> None:
+    check_forward(name, of_gradient)
+
+
+@pytest.mark.parametrize("of_gradient", [False, True], ids=["value", "gradient"])
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward_mode_is_right_or_raises_by_default(name: str, of_gradient: bool) -> None:
+    check_forward(name, of_gradient)
+
+
+def check_forward(name: str, of_gradient: bool) -> None:
+    """torch.func.jvp of the value, or of the gradient, against central differences."""
+    function, shapes = FORWARD[name]
+    inputs = [randn(*shape, seed=80 + i) for i, shape in enumerate(shapes)]
+    moved = len(inputs) if name not in DETACHED else DETACHED[name]
+    tangents = [randn(*shape, seed=90 + i) for i, shape in enumerate(shapes)][:moved]
+
+    def of(*args: Tensor) -> Tensor:
+        if not of_gradient:
+            return function(*args, *inputs[moved:])
+        grads = torch.func.grad(lambda *a: function(*a, *inputs[moved:]).sin().sum(), tuple(range(moved)))(*args)
+        return torch.cat([g.flatten() for g in grads])
+
+    try:
+        value, got = torch.func.jvp(of, tuple(inputs[:moved]), tuple(tangents))
+    except NotImplementedError as refusal:  # what PyTorch raises for an autograd Function that has no forward mode
+        if "jvp" not in str(refusal):
+            raise
+        return
+    h = 1e-5
+    plus, minus = (of(*(x + s * h * t for x, t in zip(inputs, tangents, strict=False))) for s in (1, -1))
+    want = (plus - minus) / (2 * h)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * max(1.0, want.abs().max().item()))
+    torch.testing.assert_close(value, of(*inputs[:moved]))

@@ -1,5 +1,6 @@
 """Drop-in modules: PyTorch's parameter names and initialisation, gankern's kernels."""
 
+from gankern.nn.batchnorm import BatchNormLeakyReLU1d, BatchNormLeakyReLU2d, BatchNormLeakyReLU3d, SyncBatchNormLeakyReLU
 from gankern.nn.conv import (
     ConvLeakyReLU1d,
     ConvLeakyReLU2d,
@@ -14,6 +15,9 @@ from gankern.nn.mlp_critic import MLPCritic, MLPLayers, mlp_layers, mlp_problem
 from gankern.nn.spectral_norm import spectral_norm, spectral_norm_
 
 __all__ = [
+    "BatchNormLeakyReLU1d",
+    "BatchNormLeakyReLU2d",
+    "BatchNormLeakyReLU3d",
     "ConvLeakyReLU1d",
     "ConvLeakyReLU2d",
     "ConvLeakyReLU3d",
@@ -25,6 +29,7 @@ __all__ = [
     "MLPLayers",
     "MinibatchDiscrimination",
     "MinibatchDistance",
+    "SyncBatchNormLeakyReLU",
     "mlp_layers",
     "mlp_problem",
     "spectral_norm",
