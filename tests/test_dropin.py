@@ -2,7 +2,7 @@
 
 Four systems, 300 steps each. In float64 the losses agree to 1e-9 and so do the trained weights. In float32 rounding grows with
 training, for PyTorch too: the distance of the fused run from plain PyTorch in float64 is held against that of plain PyTorch in
-float32, of which several are run, from initial weights that differ in their last bit. Checkpoints are interchangeable both ways.
+float32. Checkpoints are interchangeable both ways.
 """
 
 from __future__ import annotations
@@ -134,10 +134,6 @@ class Gan:
         self.system = SYSTEMS[name]
         torch.manual_seed(7)
         networks = [net.double() for net in self.system.networks(spectral_norm)]
-        if wiggle:
-            source = torch.Generator().manual_seed(wiggle)
-            for p in (p for net in networks for p in net.parameters()):
-                p.data *= 1 + 2.0**-23 * torch.randint(-1, 2, p.shape, generator=source)
         self.networks = self.generator, self.critic = tuple(change(net.to(DEVICE, dtype)) for net in networks)
         self.optimizers = tuple(torch.optim.Adam(net.parameters(), lr=LR, betas=(0.5, 0.999)) for net in self.networks)
         self.source, self.dtype, self.steps = torch.Generator().manual_seed(11), dtype, 0
@@ -204,8 +200,8 @@ class Run(NamedTuple):
 
 
 @cache
-def plain(name: str, dtype: torch.dtype, wiggle: int = 0) -> Run:
-    gan = Gan(name, dtype, wiggle=wiggle)
+def plain(name: str, dtype: torch.dtype) -> Run:
+    gan = Gan(name, dtype)
     return Run(gan.train(STEPS), copy.deepcopy(gan.state()))
 
 
@@ -265,7 +261,6 @@ def test_fused_training_is_the_same_on_triton(name: str) -> None:
     torch.testing.assert_close(losses, plain(name, torch.float64).losses[: len(losses)], rtol=1e-10, atol=1e-10)
 
 
-WIGGLES = (0, 1)
 EARLY = 50
 EVENT = 1e-3
 
@@ -274,16 +269,15 @@ EVENT = 1e-3
 def test_fused_training_is_the_same_in_float32(choice: str, name: str) -> None:
     """As far from float64 as plain PyTorch in float32: at most 4 times its distance in the first 50 steps, 10 times in all.
 
-    Of plain PyTorch two runs are taken, with initial weights that differ by at most one unit in the last place, and the largest
-    distance. Rounding grows by events: a unit that crosses zero in one run and not in the other, which Adam then makes large.
-    Before the first such event the distance is a few 1e-7, after it 1e-3 to 1e-2, and one run of 300 steps may have one where the
-    next has none: so EVENT is allowed in any.
+    Rounding grows by events: a unit that crosses zero in one run and not in the other, which Adam then makes large. Before the
+    first such event the distance is a few 1e-7, after it 1e-3 to 1e-2. Plain PyTorch with initial weights moved by one unit in the
+    last place has it elsewhere or not at all within 300 steps (measured: 2e-6 and 4e-3 for wgan_gp): so EVENT is allowed anyhow.
     """
     exact = plain(name, torch.float64).losses
     ours = (Gan(name, torch.float32, gankern.fuse).train(STEPS) - exact).abs()
-    theirs = torch.stack([(plain(name, torch.float32, wiggle).losses - exact).abs() for wiggle in WIGGLES])
-    assert theirs[:, :EARLY].max() < 1e-5  # the yardstick is one
-    assert ours[:EARLY].max() <= 4 * theirs[:, :EARLY].max()
+    theirs = (plain(name, torch.float32).losses - exact).abs()
+    assert theirs[:EARLY].max() < 1e-5  # the yardstick is one
+    assert ours[:EARLY].max() <= 4 * theirs[:EARLY].max()
     assert ours.max() <= 10 * max(theirs.max().item(), EVENT)
 
 

@@ -58,7 +58,9 @@ def test_as_pytorch_through_training_and_evaluation(backend: str, kind: str, opt
         y, want = ours(x), F.leaky_relu(theirs(x), 0.2)
         torch.testing.assert_close(y, want)
         wrt = [x, *ours.parameters()], [x, *theirs.parameters()]
-        for g, expected in zip(torch.autograd.grad(y.square().sum(), wrt[0]), torch.autograd.grad(want.square().sum(), wrt[1]), strict=True):
+        for g, expected in zip(
+            torch.autograd.grad(y.square().sum(), wrt[0]), torch.autograd.grad(want.square().sum(), wrt[1]), strict=True
+        ):
             torch.testing.assert_close(g, expected, rtol=1e-9, atol=1e-9)
         same_state(ours, theirs)
     ours.eval()
@@ -136,7 +138,9 @@ def one_of_two(rank: int, folder: str, rows: int) -> None:
     firsts, seconds = loss_and_gradients(module, x[own], c[own])
     torch.save((firsts, seconds, module.state_dict()), f"{folder}/{rank}")
     module.eval()
-    torch.testing.assert_close(module(x), F.leaky_relu(F.batch_norm(x, module.running_mean, module.running_var, module.weight, module.bias), 0.2))
+    torch.testing.assert_close(
+        module(x), F.leaky_relu(F.batch_norm(x, module.running_mean, module.running_var, module.weight, module.bias), 0.2)
+    )
     dist.destroy_process_group()
 
 
@@ -182,7 +186,12 @@ def test_gradient_penalty_through_a_critic_with_batch_normalisation(backend: str
         x = (0.4 * real + 0.6 * fake).requires_grad_()
         (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
         loss = net(fake).mean() - net(real).mean() + 10 * (g.flatten(1).norm(dim=1) - 1).square().mean()
-        results.append([torch.zeros_like(p) if d is None else d for p, d in zip(parameters_of(net), torch.autograd.grad(loss, parameters_of(net), allow_unused=True), strict=True)])
+        results.append(
+            [
+                torch.zeros_like(p) if d is None else d
+                for p, d in zip(parameters_of(net), torch.autograd.grad(loss, parameters_of(net), allow_unused=True), strict=True)
+            ]
+        )
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
