@@ -222,6 +222,18 @@ def convolutions(norm: Callable[[nn.Module], nn.Module] = lambda m: m) -> nn.Seq
     )
 
 
+def batchnorm(norm: type[nn.Module] = nn.BatchNorm1d, act: Callable[[], nn.Module] = lambda: nn.LeakyReLU(0.2)) -> nn.Sequential:
+    """The penalty of a critic that mixes samples: not what the paper means, but it must be its derivative."""
+    first, second = [nn.Linear(7, 13, bias=False), norm(13), act()], [nn.Linear(13, 5, bias=False), norm(5), act()]
+    return nn.Sequential(*first, *second, nn.Linear(5, 1))
+
+
+def batchnorm_convolutions() -> nn.Sequential:
+    first = [nn.Conv2d(1, 3, 3), nn.LeakyReLU(0.2)]
+    second = [nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(16, 1))
+
+
 def modules() -> nn.Sequential:
     linear = gankern.nn.LinearLeakyReLU
     return nn.Sequential(linear(7, 13), nn.Identity(), linear(13, 5), nn.Identity(), nn.Linear(5, 1))
@@ -236,6 +248,9 @@ CRITICS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = { 
     "linear_lrelu": (modules, layers),
     "linear_lrelu, fused": (fused(layers), layers),
     "bias_lrelu, fused": (fused(convolutions), convolutions),
+    "bn_lrelu": (lambda: batchnorm(gankern.nn.BatchNormLeakyReLU1d, nn.Identity), batchnorm),
+    "bn_lrelu, fused": (fused(batchnorm), batchnorm),
+    "bn_lrelu of convolutions, fused": (fused(batchnorm_convolutions), batchnorm_convolutions),
     "spectral_norm": (lambda: layers(our_norm), lambda: layers(torch_norm)),
     "spectral_norm, fused": (fused(lambda: layers(our_norm)), lambda: layers(torch_norm)),
     "spectral_norm, all at once": (lambda: gankern.nn.spectral_norm_(layers()), lambda: layers(torch_norm)),
@@ -351,6 +366,11 @@ def mlp_problem(function: Callable[..., Any]) -> Callable[..., Tensor]:
 FORWARD: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {  # function and the shapes of its arguments
     "linear_lrelu": (gankern.linear_lrelu, [(4, 3), (5, 3), (5,)]),
     "bias_lrelu": (gankern.bias_lrelu, [(4, 3, 2), (3,)]),
+    "bn_lrelu": (lambda x, w, b: gankern.bn_lrelu(x, None, None, w, b, True), [(4, 3, 2), (3,), (3,)]),
+    "bn_lrelu in evaluation": (
+        lambda x, w, b: gankern.bn_lrelu(x, randn(3, seed=7), randn(3, seed=8).exp(), w, b),
+        [(4, 3, 2), (3,), (3,)],
+    ),
     "gan_loss": (lambda r, f: gankern.gan_loss(r, f).loss, [(4, 1), (5, 1)]),
     "gan_loss of a generator": (lambda f: gankern.gan_loss(None, f, "lsgan", "generator").loss, [(5, 1)]),
     "gan_loss, relativistic": (lambda r, f: gankern.gan_loss(r, f, "relativistic-average").loss, [(5, 1), (5, 1)]),

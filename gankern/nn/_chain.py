@@ -24,7 +24,9 @@ from torch.nn.modules.module import _global_forward_hooks as _ALL_FORWARD
 from torch.nn.modules.module import _global_forward_pre_hooks as _ALL_FORWARD_PRE
 
 from gankern import backend, checks
+from gankern.nn import batchnorm
 from gankern.nn.conv import conv_lrelu
+from gankern.ops.bn_lrelu import bn_lrelu
 from gankern.ops.linear_lrelu import _choose as chosen
 from gankern.ops.linear_lrelu import _products as products
 from gankern.ops.linear_lrelu import linear_lrelu
@@ -77,7 +79,7 @@ def finish(x: Any) -> Any:
     """x, or the result that a Pending stands for."""
     if type(x) is not Pending:
         return x
-    if x.calls and _fits(x.layer, x.x, x.slope):
+    if x.calls and _fits(x):
         return x.row.run(x.layer, x.x, x.slope, x.p, x.training)
     y = x.layer(x.x)
     for f, args, kwargs in x.calls:
@@ -103,6 +105,7 @@ class Layer(NamedTuple):
     op: str
     run: Callable[[Any, Tensor, float, float, bool], Tensor]
     dropout: bool = False  # whether the op has one
+    overflows: bool = True  # whether sums of the layer reach infinity in float16
 
 
 def parameter(layer: nn.Module, name: str) -> Any:
@@ -122,6 +125,13 @@ def _conv(layer: Any, x: Tensor, slope: float, p: float, training: bool) -> Tens
     return conv_lrelu(layer, x, slope)
 
 
+def _batchnorm(layer: Any, x: Tensor, slope: float, p: float, training: bool) -> Tensor:
+    layer._check_input_dim(x)
+    mean, var = batchnorm._LeakyReLU._averages(layer)
+    weight, bias, of_batch, momentum, eps = batchnorm._LeakyReLU._settings(layer)
+    return bn_lrelu(x, mean, var, weight, bias, of_batch, momentum, eps, slope)
+
+
 LAYERS: dict[Any, Layer] = {
     nn.Linear: Layer("linear_lrelu", _linear, dropout=True),
     nn.Conv1d: Layer("bias_lrelu", _conv),
@@ -130,6 +140,9 @@ LAYERS: dict[Any, Layer] = {
     nn.ConvTranspose1d: Layer("bias_lrelu", _conv),
     nn.ConvTranspose2d: Layer("bias_lrelu", _conv),
     nn.ConvTranspose3d: Layer("bias_lrelu", _conv),
+    nn.BatchNorm1d: Layer("bn_lrelu", _batchnorm, overflows=False),
+    nn.BatchNorm2d: Layer("bn_lrelu", _batchnorm, overflows=False),
+    nn.BatchNorm3d: Layer("bn_lrelu", _batchnorm, overflows=False),
 }
 
 
@@ -224,18 +237,19 @@ def has_hooks(m: nn.Module) -> bool:
     )
 
 
-def _fits(layer: nn.Module, x: Any, slope: float) -> bool:
-    """Whether the ops take these tensors; any others are left to the layer.
+def _fits(pending: Pending) -> bool:
+    """Whether the op takes the tensors; any others are left to the layer.
 
     So is ReLU in float16, where sums do overflow: of -inf ReLU makes 0, LeakyReLU of slope 0 makes NaN.
     """
+    x = pending.x
     return (
         (type(x) is Tensor or type(x) is nn.Parameter)
-        and type(layer._parameters.get("weight")) in _PLAIN
+        and type(pending.layer._parameters.get("weight")) in _PLAIN
         and (x.is_cpu or x.is_cuda)
         and x.dtype in checks.FLOATING
         and not x.is_mkldnn
-        and (slope > 0 or not _float16(x))
+        and (pending.slope > 0 or not pending.row.overflows or not _float16(x))
     )
 
 

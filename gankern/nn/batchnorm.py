@@ -23,7 +23,7 @@ class _LeakyReLU:
         super().__init__(*args, **kwargs)
         self.negative_slope = negative_slope
 
-    def forward(self: Any, input: Tensor) -> Tensor:
+    def forward(self: Any, input: Tensor) -> Tensor:  # noqa: A002
         self._check_input_dim(input)
         return bn_lrelu(input, *self._averages(), *self._settings(), self.negative_slope)
 
@@ -105,7 +105,7 @@ class SyncBatchNormLeakyReLU(_LeakyReLU, nn.SyncBatchNorm):
         ValueError, TypeError: as nn.SyncBatchNorm and `gankern.bn_lrelu`.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         group = self._group()
         if group is None:
             return super().forward(input)

@@ -27,6 +27,7 @@ def fuse(model: Module, *, inplace: bool = False) -> Module:
     | calls that follow each other | run as |
     |---|---|
     | nn.Linear, LeakyReLU or ReLU, and Dropout if there is one | `gankern.linear_lrelu` |
+    | nn.BatchNorm1d, 2d, 3d, LeakyReLU or ReLU | `gankern.bn_lrelu`, the layer before it by itself |
     | nn.Conv1d ... nn.ConvTranspose3d, LeakyReLU or ReLU | the library's convolution and `gankern.bias_lrelu` |
 
     LeakyReLU is nn.LeakyReLU, F.leaky_relu or one of their in-place forms with a slope >= 0; ReLU is nn.ReLU, F.relu, torch.relu or
