@@ -129,7 +129,6 @@ class Gan:
         dtype: torch.dtype,
         change: Change = lambda net: net,
         spectral_norm: Any = torch_spectral_norm,
-        wiggle: int = 0,
     ) -> None:
         self.system = SYSTEMS[name]
         torch.manual_seed(7)
@@ -255,7 +254,7 @@ def test_fused_training_is_the_same_in_float64(choice: str, name: str) -> None:
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_fused_training_is_the_same_on_triton(name: str) -> None:
     need("triton")
-    steps = 6  # the interpreter is slow
+    steps = 2  # the interpreter is slow
     with gankern.use_backend("triton"):
         losses = Gan(name, torch.float64, gankern.fuse).train(steps)
     torch.testing.assert_close(losses, plain(name, torch.float64).losses[: len(losses)], rtol=1e-10, atol=1e-10)
