@@ -67,7 +67,7 @@ def step(f: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if type(x) is Pending:
         if not x.add(f, args, kwargs):
             return x
-        x = finish(x)
+        x = finish(x, plain=_in_place(f, args, kwargs))
     if not args and not kwargs:
         row = layer_row(f)
         if row is not None:
@@ -75,11 +75,11 @@ def step(f: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return f(x, *args, **kwargs)
 
 
-def finish(x: Any) -> Any:
-    """x, or the result that a Pending stands for."""
+def finish(x: Any, plain: bool = False) -> Any:
+    """x, or the result that a Pending stands for; `plain`: by the calls as they stand, as its result will be changed in place."""
     if type(x) is not Pending:
         return x
-    if x.calls and _fits(x):
+    if x.calls and not plain and _fits(x):
         return x.row.run(x.layer, x.x, x.slope, x.p, x.training)
     y = x.layer(x.x)
     for f, args, kwargs in x.calls:
@@ -235,6 +235,11 @@ def has_hooks(m: nn.Module) -> bool:
         or _ALL_BACKWARD
         or _ALL_BACKWARD_PRE
     )
+
+
+def _in_place(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether f(x, *args, **kwargs) may change x: autograd must not have kept it, as it keeps the result of most ops here."""
+    return bool(getattr(f, "inplace", False) or kwargs.get("inplace") or True in args or f is F.leaky_relu_ or f is torch.relu_)
 
 
 def _fits(pending: Pending) -> bool:

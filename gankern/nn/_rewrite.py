@@ -70,6 +70,7 @@ def rewrite(function: Any) -> tuple[FunctionType, list[Site]]:
         raise Refused("it is a generator or a coroutine")
     unit, method = _parse(function)
     rewriter = _Rewriter(function)
+    rewriter.scan(method.body)
     method.body = rewriter.block(method.body)
     if not rewriter.sites:
         return function, []
@@ -174,6 +175,22 @@ def _quiet(node: ast.AST, calls: frozenset[str] = frozenset()) -> bool:
     return True
 
 
+def _changed_in_place(n: ast.AST) -> ast.AST | None:
+    """What x += y, x[i] = y, x.add_(y) or f(x, inplace=True) changes."""
+    if isinstance(n, ast.AugAssign):
+        return n.target
+    if isinstance(n, ast.Subscript):
+        return None if isinstance(n.ctx, ast.Load) else n.value
+    if not isinstance(n, ast.Call):
+        return None
+    if isinstance(n.func, ast.Attribute) and n.func.attr.endswith("_") and n.func.attr not in _FUNCTIONS:
+        return n.func.value
+    known = (
+        isinstance(n.func, (ast.Name, ast.Attribute)) and (n.func.id if isinstance(n.func, ast.Name) else n.func.attr) in _FUNCTIONS
+    )
+    return n.args[0] if n.args and not known and any(k.arg == "inplace" for k in n.keywords) else None
+
+
 class _Rewriter:
     def __init__(self, function: FunctionType) -> None:
         code = function.__code__
@@ -183,6 +200,20 @@ class _Rewriter:
         self.locals = frozenset(code.co_varnames) - frozenset(code.co_cellvars)  # none of them read by another function
         self.sites: list[Site] = []
         self.loads: Counter[str] = Counter()
+        self.mutated: set[str] = set()
+
+    def scan(self, body: list[ast.stmt]) -> None:
+        """How often each variable is read, and which ones hold tensors that are changed in place: there a layer and its activation
+        stay two, since autograd may have kept the result of the one op that they would become."""
+        for n in [n for s in body for n in ast.walk(s)]:
+            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load):
+                self.loads[n.id] += 1
+            elif isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name):
+                self.loads[n.target.id] += 1
+            target = _changed_in_place(n)
+            if isinstance(target, ast.Name):
+                self.mutated.add(target.id)
+        self.locals -= self.mutated
 
     # --- expressions
 
@@ -311,6 +342,8 @@ class _Rewriter:
         """The calls on what waits, if the statement makes them first of all, and it is not read again."""
         if not isinstance(s, (ast.Assign, ast.Return)) or s.value is None or _mentions(s.value, waiting) != 1:
             return None
+        if isinstance(s, ast.Assign) and any(self.is_mutated(t) for t in s.targets):
+            return None
         assigned = isinstance(s, ast.Assign) and len(s.targets) == 1 and isinstance(s.targets[0], ast.Name)
         if not (isinstance(s, ast.Return) or self.loads[waiting] == 1 or (assigned and s.targets[0].id == waiting)):  # type: ignore[attr-defined]
             return None
@@ -331,12 +364,6 @@ class _Rewriter:
 
     def block(self, statements: list[ast.stmt], runs: bool = True) -> list[ast.stmt]:
         """A list of statements rewritten; `runs` False: no result may wait from one statement to the next."""
-        if not self.loads:
-            for s in statements:
-                self.loads.update(n.id for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
-                self.loads.update(
-                    n.target.id for n in ast.walk(s) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)
-                )
         made: list[ast.stmt] = []
         i = 0
         while i < len(statements):
@@ -386,7 +413,8 @@ class _Rewriter:
 
     def other(self, s: ast.stmt, runs: bool) -> ast.stmt:
         """Any other statement: its expressions and its blocks, each by itself."""
-        if isinstance(s, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        targets = s.targets if isinstance(s, ast.Assign) else []
+        if isinstance(s, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or any(self.is_mutated(t) for t in targets):
             return s
         runs = runs and not isinstance(s, ast.Try) and type(s).__name__ != "TryStar"
         for field, value in ast.iter_fields(s):
@@ -397,6 +425,9 @@ class _Rewriter:
             elif isinstance(value, ast.AST):
                 setattr(s, field, self.expression(value))
         return s
+
+    def is_mutated(self, target: ast.expr) -> bool:
+        return isinstance(target, ast.Name) and target.id in self.mutated
 
     def part(self, node: Any, runs: bool) -> Any:
         if isinstance(node, (ast.ExceptHandler, ast.match_case)):
