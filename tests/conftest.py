@@ -35,11 +35,12 @@ def kernel_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """One CPU thread: the fastest for small networks, where test processes share the cores."""
+def steady() -> Iterator[None]:
+    """For whole trainings: one CPU thread, the fastest where small networks and processes share the cores; no TF32 on a GPU."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
     torch.set_num_threads(before)
 
 

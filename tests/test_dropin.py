@@ -23,7 +23,7 @@ from torch.nn.utils.parametrizations import spectral_norm as torch_spectral_norm
 import gankern
 from tests.support import DEVICE, need
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("steady")
 STEPS = 300
 LR = 2e-4
 Networks = tuple[nn.Module, nn.Module]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import gankern
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("steady")
 FOLDER = Path(__file__).parent.parent / "examples"
 STEPS = 3
 # Before and after, and the lines that may differ: removed and added together, imports and the docstring's too.
