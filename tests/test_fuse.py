@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -679,6 +680,40 @@ class Chosen(nn.Module):
         return F.relu(layer(x))
 
 
+class Keywords(nn.Module):
+    """Keywords that have the names of our own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.block = nn.Linear(3, 3), Scaled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.block(self.fc(x), x=2.0, f=self.fc.in_features))
+
+
+class Scaled(nn.Module):
+    def forward(self, value: Tensor, /, x: float, f: int) -> Tensor:
+        return value * x + f
+
+
+def test_keywords() -> None:
+    plain, x = Keywords(), torch.randn(2, 3)
+    torch.testing.assert_close(gankern.fuse(plain)(x), plain(x))
+    assert isinstance(gankern.fuse(Mixed()), Fused)
+    torch.testing.assert_close(gankern.fuse(Mixed())(x, x=1.0, f=2), Mixed()(x, x=1.0, f=2))
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.block = nn.Linear(3, 3), Scaled()
+
+    def forward(self, value: Tensor, x: float, f: int) -> Tensor:
+        value = F.relu(self.fc(value))
+        return self.block(self.fc(value), x=x, f=f)
+
+
 def test_layers_that_only_the_call_shows() -> None:
     plain = Chosen()
     fused = gankern.fuse(plain)
@@ -723,13 +758,14 @@ def test_relu_in_float16_is_eager() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
-    plain, fused = pair("sequential", torch.float32)
-    x = randn(6, 7, seed=1, dtype=torch.float32)
-    with torch.autocast(DEVICE, dtype):
-        got, want = fused(x), plain(x)
-    assert got.dtype == want.dtype == dtype
-    exact = plain.double()(x.double())
-    assert (got.double() - exact).abs().max() <= 2 * (want.double() - exact).abs().max() + 1e-3
+    for name in ("sequential", "convolutions", "batchnorm", "batchnorm generator"):
+        plain, fused = pair(name, torch.float32)
+        x = sample(name, dtype=torch.float32)
+        with torch.autocast(DEVICE, dtype):
+            got, want = fused(x), plain(x)
+        assert got.dtype == want.dtype == dtype
+        exact = plain.double()(x.double())
+        assert (got.double() - exact).abs().max() <= 2 * (want.double() - exact).abs().max() + 1e-3
 
 
 def test_inputs_that_the_ops_do_not_take() -> None:
@@ -748,6 +784,30 @@ def test_inputs_that_the_ops_do_not_take() -> None:
     for model in (z, gankern.fuse(z)):
         with pytest.raises(RuntimeError):
             model(x)
+
+
+def test_channels_last() -> None:
+    for name in ("convolutions", "residual"):
+        plain, fused = (m.to(memory_format=torch.channels_last) for m in pair(name))
+        x = sample(name).contiguous(memory_format=torch.channels_last)
+        assert_same(everything(fused, x), everything(plain, x))
+    plain = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).to(DEVICE, memory_format=torch.channels_last)
+    x = torch.randn(2, 2, 6, 6, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    assert gankern.fuse(plain)(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_batchnorm_updates_once_and_converts_to_sync_batchnorm() -> None:
+    plain, fused = pair("batchnorm generator", torch.float32)
+    x = sample("batchnorm generator", dtype=torch.float32)
+    for _ in range(3):
+        plain(x)
+        fused(x)
+    assert fused[2].num_batches_tracked == 3
+    torch.testing.assert_close(fused[2].running_var, plain[2].running_var)
+    torch.testing.assert_close(fused.eval()(x), plain.eval()(x))
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(fused)
+    assert isinstance(synchronised[2], nn.SyncBatchNorm)
+    torch.testing.assert_close(synchronised(x), plain(x))
 
 
 def test_functional_call_grad_and_vmap() -> None:
@@ -907,6 +967,12 @@ def test_what_is_not_touched() -> None:
             x = x + 1
         return x
 
+    def suppressed(self: Any, x: Tensor) -> Tensor:
+        with contextlib.suppress(ValueError):
+            x = self.fc(x)
+            x = F.relu(x)
+        return x
+
     def captured(self: Any, x: Tensor) -> Any:
         y = self.fc(x)
         y = F.relu(y)
@@ -932,7 +998,7 @@ def test_what_is_not_touched() -> None:
         y.mul_(2)
         return y + w
 
-    for function in (loud, twice, in_a_try, captured, added, between, changed):
+    for function in (loud, twice, in_a_try, suppressed, captured, added, between, changed):
         assert rewritten(function) == 0, function.__name__
 
 

@@ -62,7 +62,7 @@ class Pending:
         return ""
 
 
-def step(f: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+def step(f: Any, x: Any, /, *args: Any, **kwargs: Any) -> Any:
     """f(x, *args, **kwargs), or a Pending that stands for it; x may be one."""
     if type(x) is Pending:
         if not x.add(f, args, kwargs):

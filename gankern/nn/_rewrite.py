@@ -11,7 +11,7 @@ Each call is made in its place and in its order, with arguments read when they w
 for the calls just after it. So nothing that the method reads is baked in: numbers, flags, modules, random draws and branches stay
 what they are at each call. (torch.fx would bake all but the modules, and refuse the branches.)
 
-Where the result of a call waits in a variable, no other code runs: a run of statements x = f(x), with if and for around them whose
+Where the result of a call waits in a variable, no other code runs, and no exception is caught: a run of statements x = f(x), with if and for around them whose
 tests and iterables call nothing, ends in x = finish(x) before anything else. Sources that are not those of the running code
 (changed since, decorated, made at run time) are refused.
 """
@@ -20,7 +20,6 @@ from __future__ import annotations
 import __future__
 
 import ast
-import contextlib
 import copy
 import functools
 import inspect
@@ -31,11 +30,12 @@ from collections.abc import Iterator
 from types import CellType, CodeType, FunctionType
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from gankern.nn import _chain
 
 _FUNCTIONS = frozenset({"leaky_relu", "leaky_relu_", "relu", "relu_", "dropout"})
+_CONTEXTS = frozenset(
+    {"no_grad", "enable_grad", "set_grad_enabled", "inference_mode", "autocast", "record_function"}
+)  # swallow nothing
 _QUIET_CALLS = frozenset({"enumerate", "hasattr", "isinstance", "len", "range", "reversed", "zip"})
 _HELPERS = {"_gankern_step": _chain.step, "_gankern_finish": _chain.finish, "_gankern_relu": _chain.relu}
 _HELPERS["_gankern_relu_"] = _chain.relu_
@@ -69,7 +69,7 @@ def rewrite(function: Any) -> tuple[FunctionType, list[Site]]:
     if code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR):
         raise Refused("it is a generator or a coroutine")
     unit, method = _parse(function)
-    rewriter = _Rewriter(function)
+    rewriter = Rewriter(function)
     rewriter.scan(method.body)
     method.body = rewriter.block(method.body)
     if not rewriter.sites:
@@ -175,23 +175,31 @@ def _quiet(node: ast.AST, calls: frozenset[str] = frozenset()) -> bool:
     return True
 
 
-def _changed_in_place(n: ast.AST) -> ast.AST | None:
-    """What x += y, x[i] = y, x.add_(y) or f(x, inplace=True) changes."""
+def _changed_in_place(n: ast.AST) -> list[ast.AST]:
+    """What x += y, x[i] = y, x.add_(y), relu_(x), f(x, inplace=True) or relu(x, True) change."""
     if isinstance(n, ast.AugAssign):
-        return n.target
-    if isinstance(n, ast.Subscript):
-        return None if isinstance(n.ctx, ast.Load) else n.value
+        return [n.target]
+    if isinstance(n, ast.Subscript) and not isinstance(n.ctx, ast.Load):
+        return [n.value]
     if not isinstance(n, ast.Call):
-        return None
-    if isinstance(n.func, ast.Attribute) and n.func.attr.endswith("_") and n.func.attr not in _FUNCTIONS:
-        return n.func.value
-    known = (
-        isinstance(n.func, (ast.Name, ast.Attribute)) and (n.func.id if isinstance(n.func, ast.Name) else n.func.attr) in _FUNCTIONS
-    )
-    return n.args[0] if n.args and not known and any(k.arg == "inplace" for k in n.keywords) else None
+        return []
+    method, name = isinstance(n.func, ast.Attribute), _name(n.func)
+    flag = any(k.arg == "inplace" for k in n.keywords)
+    flag = flag or ("relu" in name and any(isinstance(a, ast.Constant) and a.value is True for a in n.args))
+    return [*([n.func.value] if method and name.endswith("_") else []), *(n.args[:1] if flag or name.endswith("_") else [])]  # type: ignore[attr-defined]
 
 
-class _Rewriter:
+def _name_of_call(node: ast.expr) -> str:
+    return _name(node.func) if isinstance(node, ast.Call) else ""
+
+
+def _name(f: ast.expr) -> str:
+    return f.id if isinstance(f, ast.Name) else f.attr if isinstance(f, ast.Attribute) else ""
+
+
+class Rewriter:
+    """Which calls of one function are links of chains, and the statements rewritten."""
+
     def __init__(self, function: FunctionType) -> None:
         code = function.__code__
         self.function = function
@@ -205,14 +213,18 @@ class _Rewriter:
     def scan(self, body: list[ast.stmt]) -> None:
         """How often each variable is read, and which ones hold tensors that are changed in place: there a layer and its activation
         stay two, since autograd may have kept the result of the one op that they would become."""
-        for n in [n for s in body for n in ast.walk(s)]:
+        nodes = [n for s in body for n in ast.walk(s)]
+        exempt: set[int] = set()  # x = relu(x, inplace=True): the activation that follows
+        for n in nodes:
+            if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name):
+                calls = [c for c in ast.walk(n.value) if isinstance(c, ast.Call) and _name(c.func) in _FUNCTIONS]
+                exempt |= {id(a) for c in calls for a in c.args[:1] if isinstance(a, ast.Name) and a.id == n.targets[0].id}
+        for n in nodes:
             if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load):
                 self.loads[n.id] += 1
             elif isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name):
                 self.loads[n.target.id] += 1
-            target = _changed_in_place(n)
-            if isinstance(target, ast.Name):
-                self.mutated.add(target.id)
+            self.mutated |= {t.id for t in _changed_in_place(n) if isinstance(t, ast.Name) and id(t) not in exempt}
         self.locals -= self.mutated
 
     # --- expressions
@@ -237,7 +249,7 @@ class _Rewriter:
         """A local variable, what is read off one, or a function named like an activation."""
         if not _quiet(f):
             return False
-        if isinstance(f, (ast.Name, ast.Attribute)) and (f.id if isinstance(f, ast.Name) else f.attr) in _FUNCTIONS:
+        if _name(f) in _FUNCTIONS:
             return True
         while isinstance(f, (ast.Attribute, ast.Subscript)):
             f = f.value
@@ -416,7 +428,8 @@ class _Rewriter:
         targets = s.targets if isinstance(s, ast.Assign) else []
         if isinstance(s, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or any(self.is_mutated(t) for t in targets):
             return s
-        runs = runs and not isinstance(s, ast.Try) and type(s).__name__ != "TryStar"
+        swallows = isinstance(s, (ast.With, ast.AsyncWith)) and not all(_name_of_call(i.context_expr) in _CONTEXTS for i in s.items)
+        runs = runs and not swallows and not isinstance(s, ast.Try) and type(s).__name__ != "TryStar"
         for field, value in ast.iter_fields(s):
             if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
                 setattr(s, field, self.block(value, runs))
@@ -434,77 +447,3 @@ class _Rewriter:
             node.body = self.block(node.body, runs)
             return node
         return self.expression(node) if isinstance(node, ast.AST) else node
-
-
-# --- what the calls would be, without running them ------------------------------------------------------------------------------
-
-
-class Unknown:
-    """An object that only a call of the method would show; what: its source."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-
-class Called(NamedTuple):
-    """A call of a chain: the object called (or Unknown), its further arguments, and how it is written."""
-
-    f: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    what: str
-
-
-def calls_of(site: Site, module: nn.Module) -> list[Called]:
-    """The calls that a module makes at a site as it is now, in their order."""
-    walker = _Walker(site.function, module)
-    return [called for node in site.nodes for called in walker.calls(node)]
-
-
-class _Walker:
-    def __init__(self, function: FunctionType, module: nn.Module) -> None:
-        self.rewriter = _Rewriter(function)
-        closure = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        self.globals = function.__globals__
-        self.locals: dict[str, Any] = dict.fromkeys(self.rewriter.arguments, module)
-        for name, cell in closure:
-            with contextlib.suppress(ValueError):  # an empty cell
-                self.locals[name] = cell.cell_contents
-
-    def calls(self, node: Any) -> Iterator[Called]:
-        if isinstance(node, ast.For):
-            items = self.value(node.iter)
-            if isinstance(items, Unknown):
-                yield from (c for s in node.body for c in self.calls(s))
-                return
-            for item in items:
-                self.bind(node.target, item)
-                yield from (c for s in node.body for c in self.calls(s))
-        elif isinstance(node, ast.If):
-            test = self.value(node.test)
-            branches = [*node.body, *node.orelse] if isinstance(test, Unknown) else node.body if test else node.orelse
-            yield from (c for s in branches for c in self.calls(s))
-        else:
-            found = self.rewriter.chain(node.value if isinstance(node, ast.Assign) else node)
-            assert found is not None
-            for link in found[0]:
-                f = getattr(_chain, link.helper.removeprefix("_gankern_")) if link.helper else self.value(link.f)
-                args = tuple(self.value(a) for a in link.args)
-                yield Called(f, args, {str(k.arg): self.value(k.value) for k in link.keywords}, ast.unparse(link.f))
-
-    def bind(self, target: ast.expr, item: Any) -> None:
-        if isinstance(target, ast.Name):
-            self.locals[target.id] = item
-        elif isinstance(target, ast.Tuple):
-            for t, i in zip(target.elts, item, strict=False):
-                self.bind(t, i)
-
-    def value(self, node: ast.expr) -> Any:
-        for n in ast.walk(node):
-            if isinstance(n, ast.Name) and n.id in self.rewriter.known and n.id not in self.locals:
-                return Unknown(ast.unparse(node))
-        try:
-            code = compile(ast.fix_missing_locations(ast.Expression(node)), "<gankern>", "eval")
-            return eval(code, self.globals, self.locals)
-        except Exception:
-            return Unknown(ast.unparse(node))

@@ -13,7 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from gankern import checks
-from gankern.nn import _chain, _rewrite
+from gankern.nn import _calls, _chain, _rewrite
 
 Module = TypeVar("Module", bound=nn.Module)
 DECIDED = "decided at each call"
@@ -261,19 +261,19 @@ def _runs(module: nn.Module, cls: type[nn.Module] | None) -> Iterator[_Run]:
         forward is nn.Sequential.forward or "super" in getattr(forward, "__code__", _NO_CODE).co_names
     ):
         modules = list(module) if isinstance(module, nn.Sequential) else []
-        yield from _runs_of([_rewrite.Called(m, (), {}, type(m).__name__) for m in modules])
+        yield from _runs_of([_calls.Called(m, (), {}, type(m).__name__) for m in modules])
     for site in cls.sites:  # type: ignore[attr-defined]
-        yield from _runs_of(_rewrite.calls_of(site, module))
+        yield from _runs_of(_calls.calls_of(site, module))
 
 
 _NO_CODE = (lambda: None).__code__
 
 
-def _runs_of(calls: list[_rewrite.Called]) -> Iterator[_Run]:
+def _runs_of(calls: list[_calls.Called]) -> Iterator[_Run]:
     pending: Any = None  # a layer, or a call of Unknown that may be one
     names: list[str] = []
     for call in [*calls, None]:
-        unknown = call is not None and any(isinstance(v, _rewrite.Unknown) for v in (call.f, *call.args, *call.kwargs.values()))
+        unknown = call is not None and any(isinstance(v, _calls.Unknown) for v in (call.f, *call.args, *call.kwargs.values()))
         if isinstance(pending, _chain.Pending):
             why = "no LeakyReLU or ReLU follows it" if call is None else pending.add(call.f, call.args, call.kwargs)
             if not why and call is not None:
@@ -290,10 +290,10 @@ def _runs_of(calls: list[_rewrite.Called]) -> Iterator[_Run]:
         pending, names = None, [] if call is None else [_describe(call)]
         if call is not None:
             row = _chain.layer_row(call.f)
-            pending = call if isinstance(call.f, _rewrite.Unknown) else None if row is None else _chain.Pending(row, call.f, None)
+            pending = call if isinstance(call.f, _calls.Unknown) else None if row is None else _chain.Pending(row, call.f, None)
 
 
-def _describe(call: _rewrite.Called) -> str:
+def _describe(call: _calls.Called) -> str:
     """How a call reads in a report."""
     if isinstance(call.f, nn.LeakyReLU):
         return f"{type(call.f).__name__}({call.f.negative_slope})"
