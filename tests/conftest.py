@@ -34,6 +34,16 @@ def kernel_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(scope="module")
+def steady() -> Iterator[None]:
+    """For whole trainings: one CPU thread, the fastest where small networks and processes share the cores; no TF32 on a GPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Fresh memory is NaN (integers: their largest value), from Python and from C++: an element left unwritten shows."""

@@ -1,0 +1,92 @@
+"""A GAN of two multilayer perceptrons on MNIST, in plain PyTorch (Goodfellow et al., "Generative adversarial networks", 2014)."""
+
+import argparse
+
+import torch
+from PIL import Image
+from torch import nn
+
+from gankern.data import Batches, load  # MNIST comes with the package
+
+Z_DIM = 100
+
+
+def make_generator():
+    return nn.Sequential(
+        nn.Linear(Z_DIM, 256),
+        nn.BatchNorm1d(256),
+        nn.LeakyReLU(0.2),
+        nn.Linear(256, 512),
+        nn.BatchNorm1d(512),
+        nn.LeakyReLU(0.2),
+        nn.Linear(512, 1024),
+        nn.BatchNorm1d(1024),
+        nn.LeakyReLU(0.2),
+        nn.Linear(1024, 784),
+        nn.Tanh(),
+        nn.Unflatten(1, (1, 28, 28)),
+    )
+
+
+def make_discriminator():
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(784, 512),
+        nn.LeakyReLU(0.2),
+        nn.Linear(512, 256),
+        nn.LeakyReLU(0.2),
+        nn.Linear(256, 1),
+    )
+
+
+def save_grid(images, path, columns=8):
+    """Write images [N, 1, H, W] in [-1, 1] as one picture."""
+    _, _, height, width = images.shape
+    grid = images.view(-1, columns, height, width).transpose(1, 2).reshape(-1, columns * width)
+    Image.fromarray(((grid.cpu() + 1) * 127.5).round().byte().numpy()).save(path)
+
+
+def train(steps, batch_size, seed, out):
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    digits = Batches(load("mnist"), batch_size, seed=seed, device=device)  # [B, 1, 28, 28] in [-1, 1], without end
+    generator = make_generator().to(device)
+    discriminator = make_discriminator().to(device)
+    opt_g = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    opt_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    criterion = nn.BCEWithLogitsLoss()
+    ones, zeros = torch.ones(batch_size, 1, device=device), torch.zeros(batch_size, 1, device=device)
+    fixed_z = torch.randn(64, Z_DIM, device=device)
+    losses = []
+
+    for step in range(1, steps + 1):
+        real = next(digits)
+        fake = generator(torch.randn(batch_size, Z_DIM, device=device))
+
+        d_loss = criterion(discriminator(real), ones) + criterion(discriminator(fake.detach()), zeros)
+        opt_d.zero_grad()
+        d_loss.backward()
+        opt_d.step()
+
+        g_loss = criterion(discriminator(fake), ones)
+        opt_g.zero_grad()
+        g_loss.backward()
+        opt_g.step()
+
+        losses.append((d_loss.item(), g_loss.item()))
+        if step % 100 == 0 or step == steps:
+            print(f"step {step}  d_loss {losses[-1][0]:.4f}  g_loss {losses[-1][1]:.4f}")
+
+    generator.eval()
+    with torch.no_grad():
+        save_grid(generator(fixed_z), out)
+    return losses
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="samples.png", help="picture of 64 samples")
+    train(**vars(parser.parse_args()))

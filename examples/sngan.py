@@ -1,0 +1,94 @@
+"""An SN-GAN on MNIST at 32 x 32, in plain PyTorch (Miyato et al., "Spectral normalization for GANs", 2018)."""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from gankern.data import Batches, load  # MNIST comes with the package
+
+Z_DIM = 100
+
+
+def make_generator(width=32):
+    return nn.Sequential(
+        nn.Unflatten(1, (Z_DIM, 1, 1)),
+        nn.ConvTranspose2d(Z_DIM, 4 * width, 4, bias=False),  # 4 x 4
+        nn.BatchNorm2d(4 * width),
+        nn.ReLU(),
+        nn.ConvTranspose2d(4 * width, 2 * width, 4, 2, 1, bias=False),  # 8 x 8
+        nn.BatchNorm2d(2 * width),
+        nn.ReLU(),
+        nn.ConvTranspose2d(2 * width, width, 4, 2, 1, bias=False),  # 16 x 16
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.ConvTranspose2d(width, 1, 4, 2, 1),  # 32 x 32
+        nn.Tanh(),
+    )
+
+
+def make_discriminator(width=32):
+    return nn.Sequential(
+        spectral_norm(nn.Conv2d(1, width, 4, 2, 1)),  # 16 x 16
+        nn.LeakyReLU(0.1),
+        spectral_norm(nn.Conv2d(width, 2 * width, 4, 2, 1)),  # 8 x 8
+        nn.LeakyReLU(0.1),
+        spectral_norm(nn.Conv2d(2 * width, 4 * width, 4, 2, 1)),  # 4 x 4
+        nn.LeakyReLU(0.1),
+        nn.Flatten(),
+        spectral_norm(nn.Linear(4 * width * 16, 1)),
+    )
+
+
+def save_grid(images, path, columns=8):
+    """Write images [N, 1, H, W] in [-1, 1] as one picture."""
+    _, _, height, width = images.shape
+    grid = images.view(-1, columns, height, width).transpose(1, 2).reshape(-1, columns * width)
+    Image.fromarray(((grid.cpu() + 1) * 127.5).round().byte().numpy()).save(path)
+
+
+def train(steps, batch_size, seed, out):
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    digits = Batches(load("mnist", size=32), batch_size, seed=seed, device=device)  # [B, 1, 32, 32] in [-1, 1], without end
+    generator = make_generator().to(device)
+    discriminator = make_discriminator().to(device)
+    opt_g = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.0, 0.9))
+    opt_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.0, 0.9))
+    fixed_z = torch.randn(64, Z_DIM, device=device)
+    losses = []
+
+    for step in range(1, steps + 1):
+        real = next(digits)
+        fake = generator(torch.randn(batch_size, Z_DIM, device=device))
+
+        d_loss = F.relu(1 - discriminator(real)).mean() + F.relu(1 + discriminator(fake.detach())).mean()
+        opt_d.zero_grad()
+        d_loss.backward()
+        opt_d.step()
+
+        g_loss = -discriminator(fake).mean()
+        opt_g.zero_grad()
+        g_loss.backward()
+        opt_g.step()
+
+        losses.append((d_loss.item(), g_loss.item()))
+        if step % 100 == 0 or step == steps:
+            print(f"step {step}  d_loss {losses[-1][0]:.4f}  g_loss {losses[-1][1]:.4f}")
+
+    generator.eval()
+    with torch.no_grad():
+        save_grid(generator(fixed_z), out)
+    return losses
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="samples.png", help="picture of 64 samples")
+    train(**vars(parser.parse_args()))
