@@ -227,8 +227,7 @@ def main(architectures: list[int]) -> None:
     for sm in architectures:
         triton.runtime.driver.set_active(Architecture(sm))
         cases = (gan_loss_cases, act_cases, product_cases, penalty_cases, pairwise_cases, spectral_norm_cases, mlp_critic_cases)
-        cases += (bias_lrelu_cases,)
-        cases += (bn_lrelu_cases,)
+        cases += (bias_lrelu_cases, bn_lrelu_cases)
         for case, launch in itertools.chain.from_iterable(make(sm) for make in cases):
             launch()
             for name, kernel in compiled:

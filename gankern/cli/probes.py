@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 import gankern
-from gankern.ops import bias_lrelu, gan_loss, gradient_norm_penalty, interpolate, linear_lrelu, mlp_critic, pairwise, spectral_norm
+from gankern.ops import (
+    bias_lrelu,
+    bn_lrelu,
+    gan_loss,
+    gradient_norm_penalty,
+    interpolate,
+    linear_lrelu,
+    mlp_critic,
+    pairwise,
+    spectral_norm,
+)
 
 
 class Probe(NamedTuple):
@@ -36,6 +46,11 @@ def _linear_lrelu(device: torch.device) -> list[Tensor]:
 def _bias_lrelu(device: torch.device) -> list[Tensor]:
     x, bias = _ramp(4, 6, 5, 5, device=device), _ramp(6, device=device)
     return _with_gradients(gankern.bias_lrelu(x, bias), x, bias)
+
+
+def _bn_lrelu(device: torch.device) -> list[Tensor]:
+    x, weight, bias = _ramp(4, 6, 5, 5, device=device), _ramp(6, device=device), _ramp(6, device=device)
+    return _with_gradients(gankern.bn_lrelu(x, None, None, weight, bias, training=True), x, weight, bias)
 
 
 def _gan_loss(device: torch.device) -> list[Tensor]:
@@ -85,6 +100,7 @@ PROBES = {
     "linear_lrelu": Probe(lambda device: linear_lrelu._choose(device.type, 0.0, 2**16), _linear_lrelu),
     "  with dropout": Probe(lambda device: linear_lrelu._choose(device.type, 0.5, 2**16), None),
     "bias_lrelu": Probe(lambda device: bias_lrelu._choose(_ramp(16, 64, 16, 16, device=device), None), _bias_lrelu),
+    "bn_lrelu": Probe(lambda device: bn_lrelu._choose(_ramp(16, 64, 16, 16, device=device)), _bn_lrelu),
     "gan_loss": Probe(lambda device: gan_loss._choose(_ramp(32, device=device)), _gan_loss),
     "interpolate": Probe(lambda device: interpolate._choose(_ramp(8, 12, device=device)), _interpolate),
     "gradient_norm_penalty": Probe(
