@@ -254,6 +254,8 @@ class _Known(Function):
         weights, biases = layers[: len(layers) // 2], layers[len(layers) // 2 :]
         if torch.is_grad_enabled() or not ctx.known:
             found = iter(_gradients(ctx.form, x, weights, biases, g))
+        elif torch._C._functorch.is_legacy_batchedtensor(g):  # autograd.grad(..., is_grads_batched=True)
+            found = iter([g * k for k in ctx.known])
         else:
             if g != 1.0:
                 torch._foreach_mul_(ctx.known, g.item())

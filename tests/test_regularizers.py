@@ -504,6 +504,9 @@ def test_closed_form_backward_twice_and_after_a_change(closed: list[bool]) -> No
     torch.testing.assert_close(torch.autograd.grad(value, critic[0].weight, retain_graph=True)[0], first)
     torch.testing.assert_close(torch.autograd.grad(-2 * value, critic[0].weight)[0], -2 * first)
     value = gankern.gradient_penalty(critic, real, fake, eps=eps)
+    factors = torch.tensor([1.0, -3.0], dtype=torch.float64)
+    (several,) = torch.autograd.grad(value, critic[0].weight, factors, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(several, torch.stack([first, -3 * first]))
     with torch.no_grad():
         critic[0].weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
