@@ -27,8 +27,8 @@ def fuse(model: Module, *, inplace: bool = False) -> Module:
     | calls that follow each other | run as |
     |---|---|
     | nn.Linear, LeakyReLU or ReLU, and Dropout if there is one | `gankern.linear_lrelu` |
-    | nn.BatchNorm1d, 2d, 3d, LeakyReLU or ReLU | `gankern.bn_lrelu`, the layer before it by itself |
     | nn.Conv1d ... nn.ConvTranspose3d, LeakyReLU or ReLU | the library's convolution and `gankern.bias_lrelu` |
+    | nn.BatchNorm1d, 2d, 3d, LeakyReLU or ReLU | `gankern.bn_lrelu`, the layer before it by itself |
 
     LeakyReLU is nn.LeakyReLU, F.leaky_relu or one of their in-place forms with a slope >= 0; ReLU is nn.ReLU, F.relu, torch.relu or
     x.relu(); Dropout is nn.Dropout or F.dropout. They are found in each nn.Sequential, and in any forward written in Python: in
@@ -42,6 +42,12 @@ def fuse(model: Module, *, inplace: bool = False) -> Module:
     (`torch.nn.utils.parametrizations`, gankern.nn.spectral_norm) are fused like others; a layer or activation with hooks is
     called as it stands, and so are subclasses with a forward of their own. Numbers are those of the unfused network up to rounding,
     except that dropout may draw another mask from the same generator.
+
+    - ReLU after a linear layer or convolution in float16 is left to PyTorch: the sums overflow there, and of -inf the ops make NaN.
+    - A variable that a forward changes in place (x += y) is not fused into. Elsewhere (y = block(x); y += z) autograd may raise in
+      the backward pass, because it has kept y, as it does after nn.ReLU.
+    - Forwards are read from their source. One that cannot be read, or whose source is not what runs, is left; the report says so.
+    - `unfuse` before torch.jit.script. A class made by fuse is pickled as the user's, and needs gankern to be loaded.
 
     Args:
         model: any module; wrap it (DistributedDataParallel, torch.compile) after fusing.
@@ -63,7 +69,7 @@ def fuse(model: Module, *, inplace: bool = False) -> Module:
             continue
         cls = fused_class(type(module))
         if cls is not None and any(run.into for run in _runs(module, cls)):
-            module.__class__ = cls
+            object.__setattr__(module, "__class__", cls)
     return model
 
 
@@ -78,7 +84,7 @@ def unfuse(model: Module) -> Module:
     for module in model.modules():
         cls: Any = type(module)
         if isinstance(module, Fused) and "unfused" in cls.__dict__:
-            module.__class__ = cls.unfused
+            object.__setattr__(module, "__class__", cls.unfused)
     return model
 
 
@@ -108,11 +114,11 @@ class Fused(nn.Module):
         cls: Any = type(self)
         if "unfused" not in cls.__dict__:
             return super().__reduce_ex__(protocol)
-        self.__class__ = cls.unfused
+        object.__setattr__(self, "__class__", cls.unfused)
         try:
             made, args, *rest = self.__reduce_ex__(protocol)
         finally:
-            self.__class__ = cls
+            object.__setattr__(self, "__class__", cls)
         return _fused_again, (made, args), *rest
 
 
@@ -120,7 +126,7 @@ def _fused_again(made: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Mo
     module = made(*args)
     cls = fused_class(type(module))
     if cls is not None:
-        module.__class__ = cls
+        object.__setattr__(module, "__class__", cls)
     return module
 
 

@@ -188,6 +188,8 @@ def _native(
     """PyTorch's own two calls, kept from being wrong at the third derivative: see `_watch`."""
     if torch.compiler.is_compiling():
         return F.leaky_relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), slope)
+    if weight is None and bias is not None:  # its double backward would lose the derivative of the gradient of bias
+        return reference(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
     if not training:
         return _leaky_relu(_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, _cudnn()), slope)
     if not x.is_cpu or torch._C._are_functorch_transforms_active():

@@ -419,14 +419,14 @@ class Plan(NamedTuple):
     sizes: dict[str, Any]
 
     @property
-    def count(self) -> float:
+    def values(self) -> float:
         """Values a channel."""
         return float(self.sizes["B"] * self.sizes["S"])
 
     @property
     def cut(self) -> dict[str, Any]:
         """What a kernel with phases takes besides."""
-        return {"shares": self.shares, "SHARES": power_of_two(self.shares), "per_value": 1.0 / self.count}
+        return {"shares": self.shares, "SHARES": power_of_two(self.shares), "per_value": 1.0 / self.values}
 
     def launch(self, kernel: Any, *args: Any, phases: int, warps: int, **settings: Any) -> None:
         """One launch of phase 0, or one of each."""
@@ -481,7 +481,7 @@ def bn_lrelu(
         *tensors,
         phases=3,
         warps=8 if p.shares == 1 else 4,
-        unbiased=p.count / max(p.count - 1.0, 1.0),
+        unbiased=p.values / max(p.values - 1.0, 1.0),
         momentum=momentum,
         eps=eps,
         SLOPE=slope,
@@ -544,5 +544,5 @@ def bn_lrelu_grad2(
         return ddy, dx, torch.zeros_like(mean)
     dweight, p = torch.empty_like(mean), plan(x)
     tensors = (ddx, ddweight, ddbias, dy, x, mean, var, weight, bias, ddy, dx, dweight, _partials(mean, p, 5))
-    p.launch(_grad2_kernel, *tensors, phases=2, warps=8, count=p.count, eps=eps, SLOPE=slope, TRAINING=training)
+    p.launch(_grad2_kernel, *tensors, phases=2, warps=8, count=p.values, eps=eps, SLOPE=slope, TRAINING=training)
     return ddy, dx, dweight
