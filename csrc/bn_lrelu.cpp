@@ -1,7 +1,7 @@
 // bn_lrelu on the CPU: statistics, normalisation with LeakyReLU, first and second backward pass. The contracts stand in
-// gankern/ops/bn_lrelu.py. x is [B, C, S]: with S > 1 each channel is B runs of S elements and is worked on by one thread while it lies in
-// the cache; with S == 1 (no space, or channels last) it is a matrix, cut into chunks of rows; several rows of few channels count as one wide
-// row. Sums run over a fixed partition.
+// gankern/ops/bn_lrelu.py. x is [B, C, S]: with large S each channel is B runs of S elements and is worked on by one thread while it lies in
+// the cache. With S == 1 (no space, or channels last) and with small S, whose runs would be jumped to one by one, it is a matrix, cut into
+// chunks of rows; several rows of few channels count as one wide row. Sums run over a fixed partition.
 #include "bn_lrelu.h"
 
 #include <algorithm>
@@ -26,6 +26,7 @@ constexpr int64_t kFlush = 2048;   // elements summed in the accumulation type b
 constexpr int kLanes = 16;
 constexpr int64_t kStrip = 128;    // columns of a matrix whose sums are held at a time
 constexpr int kMaxSums = 5;
+constexpr int64_t kLongRun = 32;   // S from which on a channel is worked on by itself
 
 // --- what is done to an element; a coefficient is one number (a channel) or one a column (a row of a matrix) ---------------------------
 template <typename A>
@@ -221,7 +222,7 @@ void row_sums(const Inputs<T>& in, int64_t rows, int64_t stride, int64_t n, cons
 // --- shapes and parameters ------------------------------------------------------------------------------------------------------------
 struct Shape {
   int64_t batch, channels, space, count;  // count: elements of a channel
-  int64_t fold, width, rows;              // of a matrix: `fold` rows are one wide row of `width` columns; the last of the `rows` may be shorter
+  int64_t fold, width, rows;              // of a matrix: `fold` samples are one wide row of `width` columns; the last of the `rows` may be shorter
   int64_t chunk, chunks;                  // wide rows that are summed together, and how many such chunks there are
 
   Shape(const char* op, const Tensor& x) {
@@ -232,13 +233,14 @@ struct Shape {
     space = 1;
     for (int64_t d = 2; d < x.dim(); ++d) space *= x.size(d);
     count = batch * space;
-    fold = channels > 0 && channels < kStrip / 2 ? kStrip / channels : 1;
-    width = fold * channels;
+    const int64_t sample = channels * space;
+    fold = sample > 0 && sample < kStrip / 2 ? kStrip / sample : 1;
+    width = fold * sample;
     rows = (batch + fold - 1) / fold;
     chunk = std::clamp<int64_t>(16384 / std::max<int64_t>(1, width), 16, 256);
     chunks = (rows + chunk - 1) / chunk;
   }
-  bool matrix() const { return space == 1; }
+  bool matrix() const { return 0 < space && space < kLongRun; }
   bool empty() const { return count * channels == 0; }
   int64_t stride() const { return channels * space; }
   int64_t channel_grain() const { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, count)); }
@@ -246,7 +248,7 @@ struct Shape {
   // Calls f(first wide row, how many whole ones, columns of the short one after them or 0) for each chunk.
   template <typename F>
   void for_chunks(F&& f) const {
-    const int64_t whole = batch / fold, rest = batch % fold * channels;
+    const int64_t whole = batch / fold, rest = batch % fold * channels * space;
     torch::stable::parallel_for(0, chunks, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, chunk * width)), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i * chunk, last = std::min(rows, first + chunk);
@@ -286,22 +288,27 @@ A value_at(const A* values, int64_t c, A otherwise) {
   return values != nullptr ? values[c] : otherwise;
 }
 
-// Several numbers a channel, as arrays [N][width] that repeat for each row of a wide one.
+// Several numbers a channel, as arrays [N][channels], or, for a matrix, spread to [N][width]: one a column.
 template <typename A, int N>
 class Columns {
  public:
-  explicit Columns(const Shape& s) : channels_(s.channels), width_(s.matrix() ? s.width : s.channels), v_(static_cast<size_t>(N * width_)) {}
+  explicit Columns(const Shape& s)
+      : channels_(s.channels), space_(s.matrix() ? s.space : 1), width_(s.matrix() ? s.width : s.channels), v_(static_cast<size_t>(N * width_)) {}
   void set(int64_t c, const A (&each)[N]) {
     for (int k = 0; k < N; ++k) v_[k * width_ + c] = each[k];
   }
-  void repeat() {
-    for (int k = 0; k < N; ++k)
-      for (int64_t i = channels_; i < width_; ++i) v_[k * width_ + i] = v_[k * width_ + i - channels_];
+  void spread() {
+    const int64_t sample = channels_ * space_;
+    for (int k = 0; k < N; ++k) {
+      A* v = v_.data() + k * width_;
+      for (int64_t c = channels_; space_ > 1 && c-- > 0;) std::fill_n(v + c * space_, space_, A(v[c]));
+      for (int64_t i = sample; i < width_; ++i) v[i] = v[i - sample];
+    }
   }
   const A* operator[](int k) const { return v_.data() + k * width_; }
 
  private:
-  int64_t channels_, width_;
+  int64_t channels_, space_, width_;
   std::vector<A> v_;
 };
 
@@ -321,7 +328,7 @@ struct Normalisation {
   }
   void set_all(const A* mean, const A* var, int64_t channels) {
     for (int64_t c = 0; c < channels; ++c) set(c, mean[c], var[c]);
-    columns.repeat();
+    columns.spread();
   }
   Norm<One<A>> channel(int64_t c) const { return {{columns[0][c]}, {columns[1][c]}, {columns[2][c]}}; }
   Norm<const A*> from(int64_t c) const { return {columns[0] + c, columns[1] + c, columns[2] + c}; }
@@ -347,8 +354,9 @@ std::vector<double> matrix_sums(const Inputs<T>& in, const Shape& s, const Norma
   std::vector<double> total(static_cast<size_t>(K * s.channels));
   for (int64_t i = 0; i < s.chunks; ++i)
     for (int k = 0; k < K; ++k)
-      for (int64_t j = 0; j < w; j += s.channels)
-        for (int64_t c = 0; c < s.channels; ++c) total[k * s.channels + c] += static_cast<double>(partial[(i * K + k) * w + j + c]);
+      for (int64_t j = 0, at = (i * K + k) * w; j < w; j += s.channels * s.space)
+        for (int64_t c = 0; c < s.channels; ++c)
+          for (int64_t e = 0; e < s.space; ++e, ++at) total[k * s.channels + c] += static_cast<double>(partial[at]);
   return total;
 }
 
@@ -388,7 +396,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<
       const Inputs<T> all{in, nullptr, nullptr};
       std::vector<double> total = matrix_sums<kValues>(all, s, f, a);
       for (int64_t c = 0; c < s.channels; ++c) f.columns.set(c, {m[c] = static_cast<A>(total[c] / n), A(0), A(0)});
-      f.columns.repeat();
+      f.columns.spread();
       total = matrix_sums<kSquares>(all, s, f, a);
       for (int64_t c = 0; c < s.channels; ++c) v[c] = static_cast<A>(total[c] / n);
       f.set_all(m, v, s.channels);
@@ -479,7 +487,7 @@ std::tuple<Tensor, Tensor, Tensor> grad(const Tensor& dy, const Tensor& x, const
         const BnGrad<A> v = finish(c, total[c], total[s.channels + c]);
         k.set(c, {v.g_, v.c_, v.one_});
       }
-      k.repeat();
+      k.spread();
       s.for_rows([&](int64_t at, int64_t columns) { grad_row(in.dy + at, in.x + at, out + at, columns, f.from(0), {k[0], k[1], k[2]}, a); });
       return;
     }
@@ -528,7 +536,7 @@ std::tuple<Tensor, Tensor, Tensor> grad2(const Tensor& ddx, const std::optional<
         const BnGrad2<A> v = finish(c, &total[c], s.channels);
         k.set(c, {v.dy_p, v.dy_c, v.dy_one, v.x_p, v.x_g, v.x_c, v.x_one});
       }
-      k.repeat();
+      k.spread();
       s.for_rows([&](int64_t at, int64_t columns) {
         grad2_row(in.p + at, in.dy + at, in.x + at, out_dy + at, out_x + at, columns, f.from(0), {k[0], k[1], k[2], k[3], k[4], k[5], k[6]}, a);
       });

@@ -167,7 +167,10 @@ def bn_lrelu(
 def _choose(x: Tensor) -> str:
     """The automatic choice; "reference" stands for PyTorch's own batch_norm and leaky_relu (`_native`).
 
-    @@ROW@@ On CUDA not measured yet.
+    One CPU thread, against eager, alternating medians, forward, backward, double backward: 256x512 1.25, 1.3, 3.1; 64x64x16x16
+    6.7, 3.2, 3.9, channels-last 1.3, 1.7, 10; 64x512x4x4 2.6, 2.7, 4.1, channels-last 1.0, 1.3, 6.2. Up to SMALL elements the two
+    calls through autograd.Function cost more than they save: 16x256 0.42, 0.59, 1.2; 64x1024 0.68, 0.89, 2.0. On CUDA not measured
+    yet.
     """
     if torch.compiler.is_compiling() or (x.is_cpu and x.numel() <= SMALL):
         return "reference"  # Inductor fuses it
