@@ -44,6 +44,7 @@ LAYERS = (
     Shape(128, 7, 64, up=True),
     Shape(32, 8, 16, up=True),
 )
+LAST = (LAYERS[3], LAYERS[5])  # also channels-last
 COMPILED = {(16, LAYERS[0]), (16, LAYERS[3])}
 MAPS = ((64, 16), (128, 8), (512, 4))  # channels and side of what the op alone is given
 PASSES = ("forward", "backward", "double")
@@ -56,7 +57,9 @@ def groups(settings: Settings) -> list[Group]:
     for dtype in dtypes:
         for batch in BATCHES:
             for last in (False, True):
-                made += [Layer(settings, which, shape, batch, last, dtype) for shape in LAYERS for which in PASSES]
+                made += [
+                    Layer(settings, which, shape, batch, last, dtype) for shape in (LAST if last else LAYERS) for which in PASSES
+                ]
                 made += [Op(settings, which, *sizes, batch, last, dtype) for sizes in MAPS for which in PASSES[:2]]
     return made
 
@@ -70,9 +73,7 @@ class Epilogue(OpGroup):
 
     compile = False
 
-    def __init__(
-        self, settings: Settings, kind: str, which: str, size: str, last: bool, dtype: str, compile: bool, work: Work
-    ) -> None:
+    def __init__(self, settings: Settings, kind: str, which: str, size: str, last: bool, dtype: str, work: Work) -> None:
         rivals = [EAGER, *gankern_rivals(settings.device)]
         if which != "double" and (settings.all_rivals or self.compile):
             rivals.insert(1, COMPILE)

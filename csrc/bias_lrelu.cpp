@@ -170,8 +170,8 @@ Tensor bias_lrelu(const Tensor& x, const std::optional<Tensor>& bias, double slo
     const T* b = data<T>(*bias);
     std::vector<T> row;
     if (!w.planes && w.width != m.channels) {
-      row.resize(static_cast<size_t>(w.width));
-      for (int64_t i = 0; i < w.width; ++i) row[static_cast<size_t>(i)] = b[i / m.inner % m.channels];
+      row.reserve(static_cast<size_t>(w.width));
+      for (int64_t c = 0; c < w.width / m.inner; ++c) row.insert(row.end(), static_cast<size_t>(m.inner), b[c % m.channels]);
       b = row.data();
     }
     torch::stable::parallel_for(0, w.rows, std::max<int64_t>(1, kGrain / w.width),

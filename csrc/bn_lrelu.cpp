@@ -92,7 +92,7 @@ template <typename T, typename C, typename A = acc_t<T>>
 GK_HD void differentiate(const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dx, int64_t n, const Norm<C>& f, const Along<C>& k, A slope) {
   for (int64_t i = 0; i < n; ++i) {
     const A c = static_cast<A>(x[i]) - f.mean[i], g = static_cast<A>(dy[i]) * lrelu_slope(c * f.scale[i] + f.bias[i], slope);
-    dx[i] = static_cast<T>(g * k.g[i] + c * k.c[i] + k.one[i]);
+    dx[i] = static_cast<T>(g * k.g[i] + bn_times(c, k.c[i]) + k.one[i]);
   }
 }
 
@@ -101,8 +101,8 @@ GK_HD void differentiate2(const T* __restrict__ p, const T* __restrict__ dy, con
                           const Norm<C>& f, const Along2<C>& k, A slope) {
   for (int64_t i = 0; i < n; ++i) {
     const A c = static_cast<A>(x[i]) - f.mean[i], along = static_cast<A>(p[i]), m = lrelu_slope(c * f.scale[i] + f.bias[i], slope);
-    ddy[i] = static_cast<T>(m * (along * k.dy_p[i] + c * k.dy_c[i] + k.dy_one[i]));
-    dx[i] = static_cast<T>(along * k.x_p[i] + (static_cast<A>(dy[i]) * m) * k.x_g[i] + c * k.x_c[i] + k.x_one[i]);
+    ddy[i] = static_cast<T>(m * (along * k.dy_p[i] + bn_times(c, k.dy_c[i]) + k.dy_one[i]));
+    dx[i] = static_cast<T>(bn_times(along, k.x_p[i]) + bn_times(static_cast<A>(dy[i]) * m, k.x_g[i]) + bn_times(c, k.x_c[i]) + k.x_one[i]);
   }
 }
 

@@ -147,19 +147,21 @@ __global__ void __launch_bounds__(kThreads, 2)
                    sum_t<T> momentum, int phase) {
   using A = sum_t<T>;
   const A n = static_cast<A>(s.batch * s.space);
+  const std::int64_t c = my_channel<kMatrix>();
+  const A first = c < s.channels ? static_cast<A>(x[c * s.space]) : A(0);  // sums of differences keep their digits
   A sum[1] = {A(0)};
   if (phase < 2) {
     for_groups<kMatrix>(s, [&](std::int64_t at, int count) {
       A v[kMatrix ? 1 : 8];
       load<kMatrix, kVector>(x + at, count, v);
-      for (const A e : v) sum[0] += e;  // 0 beyond the count
+      for (int k = 0; k < (kMatrix ? 1 : 8); ++k) sum[0] += k < count ? v[k] - first : A(0);
     });
     channel_sums<1, kMatrix>(sum);
     if (phase == 1) return put_sums<1, kMatrix>(sum, partials, 0, s);
   } else {
     get_sums<1, kMatrix>(sum, partials, 0, s);
   }
-  const A m = sum[0] / n;
+  const A m = first + sum[0] / n;
   A squares[1] = {A(0)};
   if (phase < 3) {
     for_groups<kMatrix>(s, [&](std::int64_t at, int count) {
@@ -173,7 +175,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     get_sums<1, kMatrix>(squares, partials, 1, s);
   }
   const A v = squares[0] / n;
-  const std::int64_t c = my_channel<kMatrix>();
   if (owns_channel<kMatrix>() && c < s.channels) {
     mean[c] = m;
     var[c] = v;
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     load<kMatrix, kVector>(dy + at, count, d);
     for (int k = 0; k < kGroup; ++k) {
       const A c = v[k] - f.mean, g = d[k] * lrelu_slope(c * f.scale + f.bias, p.slope);
-      v[k] = g * a.g_ + c * a.c_ + a.one_;
+      v[k] = g * a.g_ + bn_times(c, a.c_) + a.one_;
     }
     store<kMatrix, kVector>(dx + at, count, v);
   });
@@ -273,8 +274,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     load<kMatrix, kVector>(ddx + at, count, u);
     for (int k = 0; k < kGroup; ++k) {
       const A c = v[k] - f.mean, m = lrelu_slope(c * f.scale + f.bias, p.slope), along = u[k];
-      u[k] = m * (along * a.dy_p + c * a.dy_c + a.dy_one);
-      v[k] = along * a.x_p + (d[k] * m) * a.x_g + c * a.x_c + a.x_one;
+      u[k] = m * (along * a.dy_p + bn_times(c, a.dy_c) + a.dy_one);
+      v[k] = bn_times(along, a.x_p) + bn_times(d[k] * m, a.x_g) + bn_times(c, a.x_c) + a.x_one;
     }
     store<kMatrix, kVector>(ddy + at, count, u);
     store<kMatrix, kVector>(dx + at, count, v);

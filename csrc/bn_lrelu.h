@@ -12,6 +12,12 @@ GK_HD A bn_rstd(A var, A eps) {
   return A(1) / std::sqrt(var + eps);
 }
 
+// v times a coefficient; where that is 0 the value does not count, and may be NaN.
+template <typename A>
+GK_HD A bn_times(A v, A coefficient) {
+  return coefficient == A(0) ? A(0) : v * coefficient;
+}
+
 // dx = g * g_ + c * c_ + one_
 template <typename A>
 struct BnGrad {

@@ -832,8 +832,9 @@ def test_symbolic_trace_and_compile() -> None:
     traced = torch.fx.symbolic_trace(fused)
     torch.testing.assert_close(traced(x), plain(x))
     assert "fc1" in traced.code
-    for name in ("functional", "statements", "loops", "sequential"):
+    for name in ("functional", "statements", "loops", "sequential", "convolutions", "batchnorm generator"):
         plain, fused = pair(name)
+        x = sample(name)
         compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
         assert_same(everything_first(compiled, x), everything_first(plain, x))
         fused.eval()

@@ -98,7 +98,7 @@ def test_state_dict_copy_and_pickle(kind: str) -> None:
 def test_repr_and_bad_settings() -> None:
     assert "eps=1e-05, momentum=0.1" in repr(gankern.nn.BatchNormLeakyReLU2d(3))
     assert "negative_slope=0.1" in repr(gankern.nn.BatchNormLeakyReLU2d(3, negative_slope=0.1))
-    with pytest.raises(ValueError, match="^BatchNormLeakyReLU1d: negative_slope must be a finite number >= 0, got -1$"):
+    with pytest.raises(ValueError, match=r"^BatchNormLeakyReLU1d: negative_slope must be a finite number >= 0, got -1$"):
         gankern.nn.BatchNormLeakyReLU1d(3, negative_slope=-1)
     with pytest.raises(ValueError, match="expected 4D input"):
         gankern.nn.BatchNormLeakyReLU2d(3)(torch.zeros(2, 3))

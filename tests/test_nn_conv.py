@@ -197,8 +197,8 @@ def test_no_zeros_are_convolved_in_a_gradient_penalty() -> None:
             g.square().sum().backward()
         return products.count
 
-    ours = gankern.nn.ConvLeakyReLU2d(64, 64, 4, 2, 1)
-    eager = nn.Sequential(nn.Conv2d(64, 64, 4, 2, 1), nn.LeakyReLU(0.2))
+    ours = gankern.nn.ConvLeakyReLU2d(64, 64, 4, 2, 1, device=DEVICE)
+    eager = nn.Sequential(nn.Conv2d(64, 64, 4, 2, 1, device=DEVICE), nn.LeakyReLU(0.2))
     assert count(ours) < count(eager)
 
 
@@ -215,6 +215,23 @@ def test_compile_fullgraph(name: str | None, case: str, monkeypatch: pytest.Monk
     got, expected = (torch.autograd.grad(v.sum(), [*m.parameters()]) for v, m in ((y, ours), (want, theirs)))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+def test_compile_with_inductor(last: bool) -> None:
+    """Two layers through the whole of torch.compile, which chooses memory layouts itself."""
+    need("compiled")
+    torch.compiler.reset()
+    form = torch.channels_last if last else torch.contiguous_format
+    layers = nn.Sequential(gankern.nn.ConvLeakyReLU2d(4, 6, 3), gankern.nn.ConvLeakyReLU2d(6, 5, 3)).to(DEVICE, memory_format=form)
+    x = randn(3, 4, 9, 9, seed=1, dtype=torch.float32).contiguous(memory_format=form).requires_grad_()
+    results = []
+    for name, network in (("compiled", torch.compile(layers, fullgraph=True)), ("reference", layers)):
+        with gankern.use_backend(name):
+            y = network(x * 1.5 + 0.3)
+            results.append([y, *torch.autograd.grad(y.sin().sum(), [x, *layers.parameters()])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_ensembles_by_vmap(backend: str) -> None:

@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 
 import gankern.triton
 from gankern.triton import bias_lrelu as channels
+from gankern.triton import bn_lrelu as norms
 from gankern.triton import gan_loss as losses
 from gankern.triton import gradient_norm_penalty as penalties
 from gankern.triton import interpolate as mixtures
@@ -185,6 +186,20 @@ def spectral_norm_cases(sm: int) -> Iterator[Case]:
         yield f"{dtype}", partial(spectral.spectral_norm_grad, weights, weights, state, offsets, dims)
 
 
+def bn_lrelu_cases(sm: int) -> Iterator[Case]:
+    # channels whole and cut into shares, with and without space, places that are not aligned
+    shapes = [(64, 128, 7, 7), (64, 64, 32, 32), (128, 256), (65536, 64), (16, 3, 16, 16)]
+    for dtype in (torch.float32, torch.bfloat16, torch.float64) if sm == 90 else (torch.float32,):
+        for shape in shapes if sm == 90 else shapes[1:4:2]:
+            x, name = torch.zeros(1, dtype=dtype).expand(shape), f"{dtype} {'x'.join(map(str, shape))}"
+            c = torch.zeros(shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+            for w in (c, None) if dtype == torch.float32 else (c,):
+                yield name, partial(norms.bn_lrelu, x, w, w, w, w, 0.1, 1e-5, 0.2)
+                yield name, partial(norms.bn_lrelu_eval, x, c, c, w, w, 1e-5, 0.2)
+                yield name, partial(norms.bn_lrelu_grad, x, x, c, c, w, w, 1e-5, 0.2, w is not None)
+                yield f"{name} second", partial(norms.bn_lrelu_grad2, x, w, w, x, x, c, c, w, w, 1e-5, 0.2, w is not None)
+
+
 def usage(cubin: bytes) -> dict[str, int]:
     """Registers, stack and local memory, from the compiled code itself. A spilled register lives on the stack."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -211,6 +226,7 @@ def main(architectures: list[int]) -> None:
         triton.runtime.driver.set_active(Architecture(sm))
         cases = (gan_loss_cases, act_cases, product_cases, penalty_cases, pairwise_cases, spectral_norm_cases, mlp_critic_cases)
         cases += (bias_lrelu_cases,)
+        cases += (bn_lrelu_cases,)
         for case, launch in itertools.chain.from_iterable(make(sm) for make in cases):
             launch()
             for name, kernel in compiled:

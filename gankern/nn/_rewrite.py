@@ -11,9 +11,9 @@ Each call is made in its place and in its order, with arguments read when they w
 for the calls just after it. So nothing that the method reads is baked in: numbers, flags, modules, random draws and branches stay
 what they are at each call. (torch.fx would bake all but the modules, and refuse the branches.)
 
-Where the result of a call waits in a variable, no other code runs, and no exception is caught: a run of statements x = f(x), with if and for around them whose
-tests and iterables call nothing, ends in x = finish(x) before anything else. Sources that are not those of the running code
-(changed since, decorated, made at run time) are refused.
+Where the result of a call waits in a variable, no other code runs and no exception is caught: a run of statements x = f(x), with if
+and for around them whose tests and iterables call nothing, ends in x = finish(x) before anything else. Sources that are not what
+runs (changed since, decorated, made at run time) are refused.
 """
 
 from __future__ import annotations

@@ -23,9 +23,11 @@ class _LeakyReLU:
         super().__init__(*args, **kwargs)
         self.negative_slope = negative_slope
 
-    def forward(self: Any, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self: Any, input: Tensor) -> Tensor:
         self._check_input_dim(input)
-        return bn_lrelu(input, *self._averages(), *self._settings(), self.negative_slope)
+        running_mean, running_var = self._averages()
+        weight, bias, of_batch, momentum, eps = self._settings()
+        return bn_lrelu(input, running_mean, running_var, weight, bias, of_batch, momentum, eps, self.negative_slope)
 
     def _averages(self: Any) -> tuple[Tensor | None, Tensor | None]:
         """The running averages, if they are used or moved."""
@@ -43,7 +45,7 @@ class _LeakyReLU:
         return self.weight, self.bias, of_batch, momentum, self.eps
 
     def extra_repr(self: Any) -> str:
-        return f"{super().extra_repr()}, negative_slope={self.negative_slope}"
+        return f"{super().extra_repr()}, negative_slope={self.negative_slope}"  # type: ignore[misc]
 
 
 class BatchNormLeakyReLU1d(_LeakyReLU, nn.BatchNorm1d):
@@ -105,7 +107,7 @@ class SyncBatchNormLeakyReLU(_LeakyReLU, nn.SyncBatchNorm):
         ValueError, TypeError: as nn.SyncBatchNorm and `gankern.bn_lrelu`.
     """
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         group = self._group()
         if group is None:
             return super().forward(input)

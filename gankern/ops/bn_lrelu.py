@@ -110,8 +110,8 @@ def bn_lrelu(
     The arguments up to eps are those of `torch.nn.functional.batch_norm`, in its order. In training mode mean and (biased) variance
     are those of x over all dimensions but the second, and the running averages, if given, move towards them (the variance: the
     unbiased one). In evaluation mode the running averages are used. Statistics are float32 for 16-bit x, which may come with
-    float32 or 16-bit parameters. Autocast changes nothing, as for batch_norm. Differentiable to any order in x, weight and bias, with
-    mean and variance as functions of x.
+    float32 or 16-bit parameters. Autocast changes nothing, as for batch_norm. Differentiable to any order in x, weight and bias,
+    with mean and variance as functions of x.
 
     Args:
         x: [B, C, *]; float64, float32, bfloat16 or float16; any strides (channels-last stays channels-last).
@@ -135,7 +135,9 @@ def bn_lrelu(
     """
     if backend.automatic() and getattr(x, "is_cpu", False) and x.numel() <= SMALL:
         try:
-            if x.dim() >= 2 and x.numel() != x.size(1) and 0.0 <= negative_slope < _INFINITY and 0.0 <= eps < _INFINITY:
+            flat = (weight is None or weight.dim() == 1) and (bias is None or bias.dim() == 1)  # batch_norm takes others too
+            flat = flat and (running_mean is None or running_mean.dim() == 1) and (running_var is None or running_var.dim() == 1)
+            if flat and x.dim() >= 2 and x.numel() != x.size(1) and 0.0 <= negative_slope < _INFINITY and 0.0 <= eps < _INFINITY:
                 return _native(x, running_mean, running_var, weight, bias, training, momentum, eps, negative_slope)
         except Exception:
             pass  # most bad input comes here; below, the checks name it, or the same call raises again
@@ -184,12 +186,14 @@ def _native(
     slope: float,
 ) -> Tensor:
     """PyTorch's own two calls, kept from being wrong at the third derivative: see `_watch`."""
-    if not training or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return F.leaky_relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), slope)
+    if not training:
         return _leaky_relu(_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, _cudnn()), slope)
     if not x.is_cpu or torch._C._are_functorch_transforms_active():
         return reference(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
     z = _batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, False)
-    if z.requires_grad:
+    if z.grad_fn is not None:
         z.grad_fn.register_hook(functools.partial(_watch, x, weight, bias, eps))
     return _leaky_relu(z, slope)
 
@@ -294,7 +298,7 @@ class _Training(Function):
         if running_mean is not None and running_var is not None:
             if not in_place:
                 _move(running_mean, running_var, mean, var, _count(x), momentum)
-            elif name == "compiled":  # what autograd has kept of them is no longer what it was
+            else:  # what autograd has kept of them is no longer what it was
                 torch.autograd.graph.increment_version((running_mean, running_var))
         return restored(y), mean, var
 
@@ -302,7 +306,7 @@ class _Training(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, weight, bias, _, _, _, *settings = inputs
         _, mean, var = output
-        _keep(ctx, x, weight, bias, mean, var, *settings, training=True)
+        _keep(ctx, x, weight, bias, mean, var, True, *settings)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
 
@@ -333,7 +337,7 @@ class _Evaluation(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, mean, var, weight, bias, *settings = inputs
-        _keep(ctx, x, weight, bias, mean, var, *settings, training=False)
+        _keep(ctx, x, weight, bias, mean, var, False, *settings)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -353,10 +357,10 @@ def _keep(
     bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    training: bool,
     eps: float,
     slope: float,
     name: str,
-    training: bool,
 ) -> None:
     ctx.save_for_backward(x, weight, bias, mean, var)
     ctx.settings = (eps, slope, training, name)
@@ -450,7 +454,8 @@ def _second_order(
     mask = torch.where(c * scale + column(bias, 0.0) > 0, v.new_ones(()), v.new_full((), slope)).detach()
     g = dy.to(dtype) * mask
     if not training:
-        return (mask * (p * scale + c * (q * r) + s)).to(dy.dtype), (q * r * g).to(x.dtype), (r * p * g).sum(dims)
+        ddy = p * scale + s if ddweight is None else p * scale + c * (q * r) + s
+        return (mask * ddy).to(dy.dtype), (q * r * g).to(x.dtype), (r * p * g).sum(dims)
     count = max(_count(x), 1)
 
     def average(t: Tensor) -> Tensor:
@@ -498,12 +503,11 @@ if not backend.CPU_PROBLEM:
         eps: float,
         slope: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(x), *(x.new_empty(x.shape[1], dtype=accumulate(x.dtype)) for _ in range(2))
+        mean = x.new_empty(x.shape[1], dtype=accumulate(x.dtype))
+        return torch.empty_like(x), mean, torch.empty_like(mean)
 
     @torch.library.register_fake("gankern::bn_lrelu_eval")
-    def _(
-        x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float
-    ) -> Tensor:
+    def _(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float) -> Tensor:
         return torch.empty_like(x)
 
     @torch.library.register_fake("gankern::bn_lrelu_grad")

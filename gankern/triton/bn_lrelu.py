@@ -1,8 +1,9 @@
 """bn_lrelu: x, y, dy, dx ... [B, C, S], statistics and parameters [C]; each pass one launch, or two (three) where channels are cut.
 
 Contract in gankern/ops/bn_lrelu.py, formulas and their names in csrc/bn_lrelu.h. Program (i, j) takes channel i, or, where S is 1
-(MATRIX), WIDTH channels, and the j-th share of the batch; a tile is [ROWS samples, WIDTH places or channels]. With one share a program
-does everything (PHASE 0). With several each phase ends with sums in partials [sums, shares, C], which the next one adds in a fixed order.
+(MATRIX), WIDTH channels, and the j-th share of the batch; a tile is [ROWS samples, WIDTH places or channels]. With one share a
+program does everything (PHASE 0). With several each phase ends with sums in partials [sums, shares, C], which the next one adds in
+a fixed order.
 """
 
 from __future__ import annotations
@@ -32,10 +33,14 @@ def _place(step, part, B, C, S, steps, MATRIX: tl.constexpr, ROWS: tl.constexpr,
     row = (tl.program_id(1).to(tl.int64) * steps + step) * ROWS + tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, WIDTH).to(tl.int64)[None, :]
     if MATRIX:
-        column = tl.program_id(0) * WIDTH + lane
-        return row * C + column, (row < B) & (column < C)
-    place = part * WIDTH + lane
-    return (row * C + tl.program_id(0)) * S + place, (row < B) & (place < S)
+        lane += tl.program_id(0) * WIDTH
+        at = row * C + lane
+        inside = (row < B) & (lane < C)
+    else:
+        lane += part * WIDTH
+        at = (row * C + tl.program_id(0)) * S + lane
+        inside = (row < B) & (lane < S)
+    return at, inside
 
 
 @triton.jit
@@ -55,9 +60,8 @@ def _channel(C, MATRIX: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def _folded(total, MATRIX: tl.constexpr):
     """[ROWS, WIDTH] of sums to one a channel."""
-    if MATRIX:
-        return tl.sum(total, axis=0)[None, :]
-    return tl.sum(tl.sum(total, axis=1)[None, :], axis=1)[:, None]
+    sums = tl.sum(total, axis=0)[None, :]
+    return sums if MATRIX else tl.sum(sums, axis=1)[:, None]
 
 
 @triton.jit
@@ -75,9 +79,13 @@ def _gathered(partials_ptr, k: tl.constexpr, channel, exists, C, shares, SHARES:
 @triton.jit
 def _value(ptr, channel, exists, like, otherwise: tl.constexpr):
     """A number a channel; `otherwise` where there is no tensor."""
-    if ptr is None:
-        return tl.zeros_like(like) + otherwise
-    return tl.load(ptr + channel, mask=exists, other=0.0)
+    return tl.full(channel.shape, otherwise, like.dtype) if ptr is None else tl.load(ptr + channel, mask=exists, other=0.0)
+
+
+@triton.jit
+def _times(value, coefficient):
+    """value * coefficient; where that is 0 the value does not count, and may be NaN."""
+    return tl.where(coefficient == 0, 0.0, value * coefficient)
 
 
 @triton.jit
@@ -89,9 +97,7 @@ def _rstd(var, eps):
 
 
 @triton.jit
-def _summed(
-    x_ptr, centre, B, C, S, steps, SQUARES: tl.constexpr, MATRIX: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):
+def _summed(x_ptr, centre, B, C, S, steps, SQUARES: tl.constexpr, MATRIX: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Sums over a share of x - centre, or of its squares."""
     total = tl.zeros((ROWS, WIDTH), centre.dtype)
     for step in range(steps):
@@ -104,7 +110,19 @@ def _summed(
 
 @triton.jit
 def _normalised(
-    x_ptr, y_ptr, mean, scale, bias, B, C, S, steps, SLOPE: tl.constexpr, MATRIX: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+    x_ptr,
+    y_ptr,
+    mean,
+    scale,
+    bias,
+    B,
+    C,
+    S,
+    steps,
+    SLOPE: tl.constexpr,
+    MATRIX: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     for step in range(steps):
         for part in range(_parts(S, MATRIX, WIDTH)):
@@ -130,7 +148,8 @@ def _forward_kernel(
     S,
     shares,
     steps,
-    count: tl.float64,
+    per_value: tl.float64,
+    unbiased: tl.float64,
     momentum: tl.float64,
     eps: tl.float64,
     SLOPE: tl.constexpr,
@@ -143,16 +162,16 @@ def _forward_kernel(
     """Phases: 1 sums, 2 sums of squares about the mean, 3 the rest."""
     COMPUTE: tl.constexpr = mean_ptr.dtype.element_ty
     channel, exists = _channel(C, MATRIX, WIDTH)
-    n = tl.full((1, 1), count, COMPUTE)
-    mean = tl.zeros(channel.shape, COMPUTE)
+    nth = tl.full((1, 1), per_value, COMPUTE)
+    first = tl.load(x_ptr + channel * S, mask=exists, other=0.0).to(COMPUTE)  # sums of differences keep their digits
     if PHASE < 2:
-        total = _summed(x_ptr, mean, B, C, S, steps, False, MATRIX, ROWS, WIDTH)
+        total = _summed(x_ptr, first, B, C, S, steps, False, MATRIX, ROWS, WIDTH)
     else:
         total = _gathered(partials_ptr, 0, channel, exists, C, shares, SHARES)
     if PHASE == 1:
         _put(partials_ptr, 0, total, channel, exists, C, shares)
     else:
-        mean = total / n
+        mean = first + total * nth
         if PHASE == 3:
             squares = _gathered(partials_ptr, 1, channel, exists, C, shares, SHARES)
         else:
@@ -160,16 +179,21 @@ def _forward_kernel(
         if PHASE == 2:
             _put(partials_ptr, 1, squares, channel, exists, C, shares)
         else:
-            var = squares / n
+            var = squares * nth
             if tl.program_id(1) == 0:
                 tl.store(mean_ptr + channel, mean, mask=exists)
                 tl.store(var_ptr + channel, var, mask=exists)
                 if running_mean_ptr is not None:
                     m = tl.full((1, 1), momentum, COMPUTE)
+                    u = tl.full((1, 1), unbiased, COMPUTE)
                     before = tl.load(running_mean_ptr + channel, mask=exists, other=0.0)
                     tl.store(running_mean_ptr + channel, m * mean + (1.0 - m) * before, mask=exists)
                     before = tl.load(running_var_ptr + channel, mask=exists, other=0.0)
-                    tl.store(running_var_ptr + channel, m * (squares / (n - 1.0)) + (1.0 - m) * before, mask=exists)
+                    tl.store(
+                        running_var_ptr + channel,
+                        m * (var * u) + (1.0 - m) * before,
+                        mask=exists,
+                    )
             scale = _value(weight_ptr, channel, exists, mean, 1.0) * _rstd(var, eps)
             bias = _value(bias_ptr, channel, exists, mean, 0.0)
             _normalised(x_ptr, y_ptr, mean, scale, bias, B, C, S, steps, SLOPE, MATRIX, ROWS, WIDTH)
@@ -228,7 +252,7 @@ def _grad_kernel(
     S,
     shares,
     steps,
-    count: tl.float64,
+    per_value: tl.float64,
     eps: tl.float64,
     SLOPE: tl.constexpr,
     TRAINING: tl.constexpr,
@@ -251,7 +275,7 @@ def _grad_kernel(
         for step in range(steps):
             for part in range(_parts(S, MATRIX, WIDTH)):
                 at, inside = _place(step, part, B, C, S, steps, MATRIX, ROWS, WIDTH)
-                c, slope, g = _loaded(dy_ptr, x_ptr, at, inside, mean, scale, bias, SLOPE)
+                c, _, g = _loaded(dy_ptr, x_ptr, at, inside, mean, scale, bias, SLOPE)
                 total_g += g
                 total_gc += g * c
         sum_g = _folded(total_g, MATRIX)
@@ -266,14 +290,14 @@ def _grad_kernel(
         if tl.program_id(1) == 0:
             tl.store(dweight_ptr + channel, r * sum_gc, mask=exists)
             tl.store(dbias_ptr + channel, sum_g, mask=exists)
-        n = tl.full((1, 1), count, COMPUTE)
-        along = -scale * r * r * (sum_gc / n) if TRAINING else tl.zeros_like(mean)
-        one = -scale * (sum_g / n) if TRAINING else tl.zeros_like(mean)
+        nth = tl.full((1, 1), per_value, COMPUTE)
+        along = -scale * r * r * (sum_gc * nth) if TRAINING else tl.zeros_like(mean)
+        one = -scale * (sum_g * nth) if TRAINING else tl.zeros_like(mean)
         for step in range(steps):
             for part in range(_parts(S, MATRIX, WIDTH)):
                 at, inside = _place(step, part, B, C, S, steps, MATRIX, ROWS, WIDTH)
-                c, slope, g = _loaded(dy_ptr, x_ptr, at, inside, mean, scale, bias, SLOPE)
-                tl.store(dx_ptr + at, rounded(g * scale + c * along + one, dx_ptr.dtype.element_ty), mask=inside)
+                c, _, g = _loaded(dy_ptr, x_ptr, at, inside, mean, scale, bias, SLOPE)
+                tl.store(dx_ptr + at, rounded(g * scale + _times(c, along) + one, dx_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["B", "shares", "steps"])
@@ -296,6 +320,7 @@ def _grad2_kernel(
     S,
     shares,
     steps,
+    per_value: tl.float64,
     count: tl.float64,
     eps: tl.float64,
     SLOPE: tl.constexpr,
@@ -322,7 +347,7 @@ def _grad2_kernel(
         for step in range(steps):
             for part in range(_parts(S, MATRIX, WIDTH)):
                 at, inside = _place(step, part, B, C, S, steps, MATRIX, ROWS, WIDTH)
-                c, slope, g = _loaded(dy_ptr, x_ptr, at, inside, mean, scale, bias, SLOPE)
+                c, _, g = _loaded(dy_ptr, x_ptr, at, inside, mean, scale, bias, SLOPE)
                 p = tl.load(ddx_ptr + at, mask=inside, other=0.0).to(COMPUTE)
                 total_p += p
                 total_pc += p * c
@@ -351,11 +376,12 @@ def _grad2_kernel(
         s = _value(ddbias_ptr, channel, exists, mean, 0.0)
         if TRAINING:
             n = tl.full((1, 1), count, COMPUTE)
-            mean_p = sum_p / n
-            a = r * (sum_pc / n)
-            mean_g = sum_g / n
-            b = r * (sum_gc / n)
-            moment = sum_pg / n - mean_p * mean_g
+            nth = tl.full((1, 1), per_value, COMPUTE)
+            mean_p = sum_p * nth
+            a = r * (sum_pc * nth)
+            mean_g = sum_g * nth
+            b = r * (sum_gc * nth)
+            moment = sum_pg * nth - mean_p * mean_g
             along = r * (q - scale * a)
             dy_one = s - scale * mean_p
             x_p = -scale * r * b
@@ -376,9 +402,9 @@ def _grad2_kernel(
                 at, inside = _place(step, part, B, C, S, steps, MATRIX, ROWS, WIDTH)
                 c, slope, g = _loaded(dy_ptr, x_ptr, at, inside, mean, scale, bias, SLOPE)
                 p = tl.load(ddx_ptr + at, mask=inside, other=0.0).to(COMPUTE)
-                ddy = slope * (p * scale + c * along + dy_one)
+                ddy = slope * (p * scale + _times(c, along) + dy_one)
                 tl.store(ddy_ptr + at, rounded(ddy, ddy_ptr.dtype.element_ty), mask=inside)
-                dx = p * x_p + g * along + c * x_c + x_one
+                dx = _times(p, x_p) + _times(g, along) + _times(c, x_c) + x_one
                 tl.store(dx_ptr + at, rounded(dx, dx_ptr.dtype.element_ty), mask=inside)
 
 
@@ -393,16 +419,21 @@ class Plan(NamedTuple):
     sizes: dict[str, Any]
 
     @property
+    def count(self) -> float:
+        """Values a channel."""
+        return float(self.sizes["B"] * self.sizes["S"])
+
+    @property
     def cut(self) -> dict[str, Any]:
         """What a kernel with phases takes besides."""
-        return {"shares": self.shares, "SHARES": power_of_two(self.shares), "count": float(self.sizes["B"] * self.sizes["S"])}
+        return {"shares": self.shares, "SHARES": power_of_two(self.shares), "per_value": 1.0 / self.count}
 
-    def launch(self, kernel: Any, *args: Any, phases: int, **settings: Any) -> None:
+    def launch(self, kernel: Any, *args: Any, phases: int, warps: int, **settings: Any) -> None:
         """One launch of phase 0, or one of each."""
         grid = (self.blocks, self.shares)
         with on_device(args[0]):
             for phase in range(1, phases + 1) if self.shares > 1 else (0,):
-                kernel[grid](*args, **self.sizes, **self.cut, **settings, PHASE=phase)
+                kernel[grid](*args, **self.sizes, **self.cut, **settings, PHASE=phase, num_warps=warps)
 
 
 def plan(x: Tensor) -> Plan:
@@ -445,7 +476,16 @@ def bn_lrelu(
         return y, _channels(x, 0.0), _channels(x, 1.0)
     mean, var, p = _channels(x), _channels(x), plan(x)
     tensors = (x, weight, bias, running_mean, running_var, y, mean, var, _partials(mean, p, 2))
-    p.launch(_forward_kernel, *tensors, phases=3, momentum=momentum, eps=eps, SLOPE=slope)
+    p.launch(
+        _forward_kernel,
+        *tensors,
+        phases=3,
+        warps=8 if p.shares == 1 else 4,
+        unbiased=p.count / max(p.count - 1.0, 1.0),
+        momentum=momentum,
+        eps=eps,
+        SLOPE=slope,
+    )
     return y, mean, var
 
 
@@ -480,7 +520,7 @@ def bn_lrelu_grad(
         return dx, torch.zeros_like(mean), torch.zeros_like(mean)
     dweight, dbias, p = torch.empty_like(mean), torch.empty_like(mean), plan(x)
     tensors = (dy, x, mean, var, weight, bias, dx, dweight, dbias, _partials(mean, p, 2))
-    p.launch(_grad_kernel, *tensors, phases=2, eps=eps, SLOPE=slope, TRAINING=training)
+    p.launch(_grad_kernel, *tensors, phases=2, warps=8, eps=eps, SLOPE=slope, TRAINING=training)
     return dx, dweight, dbias
 
 
@@ -504,5 +544,5 @@ def bn_lrelu_grad2(
         return ddy, dx, torch.zeros_like(mean)
     dweight, p = torch.empty_like(mean), plan(x)
     tensors = (ddx, ddweight, ddbias, dy, x, mean, var, weight, bias, ddy, dx, dweight, _partials(mean, p, 5))
-    p.launch(_grad2_kernel, *tensors, phases=2, eps=eps, SLOPE=slope, TRAINING=training)
+    p.launch(_grad2_kernel, *tensors, phases=2, warps=8, count=p.count, eps=eps, SLOPE=slope, TRAINING=training)
     return ddy, dx, dweight
