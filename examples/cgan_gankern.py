@@ -80,17 +80,17 @@ def train(steps, batch_size, seed, out):
         wanted = torch.randint(10, (batch_size,), device=device)
         fake = generator(torch.randn(batch_size, Z_DIM, device=device), wanted)
 
-        d_loss = criterion.discriminator(discriminator(real, labels), discriminator(fake.detach(), wanted)).loss
+        d_loss = criterion.discriminator(discriminator(real, labels), discriminator(fake.detach(), wanted))
         opt_d.zero_grad()
         d_loss.backward()
         opt_d.step()
 
-        g_loss = criterion.generator(discriminator(fake, wanted)).loss
+        g_loss = criterion.generator(discriminator(fake, wanted))
         opt_g.zero_grad()
         g_loss.backward()
         opt_g.step()
 
-        losses.append((d_loss.item(), g_loss.item()))
+        losses.append((d_loss.value.item(), g_loss.value.item()))
         if step % 100 == 0 or step == steps:
             print(f"step {step}  d_loss {losses[-1][0]:.4f}  g_loss {losses[-1][1]:.4f}")
 

@@ -67,17 +67,17 @@ def train(steps, batch_size, seed, out):
         real = next(digits)
         fake = generator(torch.randn(batch_size, Z_DIM, device=device))
 
-        d_loss = criterion.discriminator(discriminator(real), discriminator(fake.detach())).loss
+        d_loss = criterion.discriminator(discriminator(real), discriminator(fake.detach()))
         opt_d.zero_grad()
         d_loss.backward()
         opt_d.step()
 
-        g_loss = criterion.generator(discriminator(fake)).loss
+        g_loss = criterion.generator(discriminator(fake))
         opt_g.zero_grad()
         g_loss.backward()
         opt_g.step()
 
-        losses.append((d_loss.item(), g_loss.item()))
+        losses.append((d_loss.value.item(), g_loss.value.item()))
         if step % 100 == 0 or step == steps:
             print(f"step {step}  d_loss {losses[-1][0]:.4f}  g_loss {losses[-1][1]:.4f}")
 
