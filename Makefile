@@ -49,7 +49,8 @@ train: build
 	$(BIN)/gankern-train $(PRESET) $(ARGS)
 
 test: build $(STAMPS)/dev
-	GANKERN_REQUIRE=$$(command -v $${CXX:-c++} >/dev/null && echo compiled,)triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+	GANKERN_REQUIRE=$$(command -v $${CXX:-c++} >/dev/null && echo compiled,)triton TRITON_INTERPRET=1 \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 lint: build $(STAMPS)/dev
 	$(BIN)/ruff check .
