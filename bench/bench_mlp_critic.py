@@ -112,11 +112,11 @@ class Modules:
     """The drop-in modules, with parameters that are made of the first ones given."""
 
     def __init__(self, which: str) -> None:
-        self.which, self.seen, self.net = which, (), nn.Sequential()
+        self.which, self.seen, self.net = which, list[Tensor](), nn.Sequential()
 
     def __call__(self, real: Tensor, fake: Tensor, eps: Tensor, *parameters: Tensor) -> Outputs:
-        if self.seen != tuple(map(id, parameters)):
-            self.seen = tuple(map(id, parameters))
+        if not self.seen or self.seen[0] is not parameters[0]:
+            self.seen = [*parameters]
             hidden = [LinearLeakyReLU(a, b, negative_slope=SLOPE) for a, b in itertools.pairwise(SIZES[:-1])]
             self.net = nn.Sequential(*hidden, nn.Linear(SIZES[-2], SIZES[-1]))
             for i, layer in enumerate(self.net):

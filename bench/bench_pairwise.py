@@ -4,7 +4,7 @@
 the first derivative with create_graph=True and the gradient of the sum of its squares. Sizes are N x B x C (features) and
 N x N x D (mmd2, both halves with a gradient; pulling: N x D). eager is what people write: all pairs at once, for MMD² the three
 Gram matrices of the MMD-GAN code; 4096 x 4096 x 128 only with --all-rivals. torch.compile has rows at one size;
---all-rivals: at all.
+--all-rivals: at all; none where it cannot differentiate, or does it wrongly (the gradient of MMD², torch 2.13 on the CPU).
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ def eager_pulling(x: Tensor) -> Tensor:
 class Pairs(OpGroup):
     def __init__(self, settings: Settings, what: str, shape: tuple[int, ...], which: str) -> None:
         rivals = [EAGER, *gankern_rivals(settings.device)]
-        if which != "double" and (settings.all_rivals or (what, shape) in COMPILED):
+        wrong = which == "double" or (what, which) == (
+            "mmd2",
+            "backward",
+        )  # torch 2.13 on the CPU: the compiled gradient is garbage
+        if not wrong and (settings.all_rivals or (what, shape) in COMPILED):
             rivals.insert(1, COMPILE)
         n, elements = shape[0], torch.Size(shape).numel()
         halves = 2 if what == "mmd2" else 1

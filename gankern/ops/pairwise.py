@@ -188,8 +188,8 @@ def pulling_away(features: Tensor) -> Tensor:
     """The pulling-away term: the mean squared cosine between different samples of a batch; it keeps them from being alike.
 
     PT = 1 / (N (N - 1)) sum over i, j != i of (s_iᵀ s_j / (||s_i|| ||s_j||))². A sample and itself, whose cosine is 1, is no pair.
-    A vector of zeros has cosine 0 with all. With u_i = s_i / ||s_i|| the sum is ||U Uᵀ||² - sum ||u_i||⁴, and ||U Uᵀ|| = ||Uᵀ U||:
-    the smaller product is taken, so nothing larger than the features is made. Plain PyTorch on every backend; any derivative order.
+    A vector of zeros has cosine 0 with all. Of more samples than features, with u_i = s_i / ||s_i||, the sum is ||Uᵀ U||² - sum ||u_i||⁴,
+    so that nothing larger than the features is made. Plain PyTorch on every backend; any derivative order.
     Computed in float32 for 16 bits, also under autocast.
 
     Args:
@@ -209,7 +209,9 @@ def pulling_away(features: Tensor) -> Tensor:
     with _no_autocast(features):
         rows = F.normalize(_rows(features), dim=1)
         n, d = rows.shape
-        product = rows @ rows.mT if n <= d else rows.mT @ rows
+        if n <= max(d, 64):
+            return (rows @ rows.mT).triu(1).square().sum() * (2 / (n * (n - 1)))
+        product = rows.mT @ rows
         return (product.square().sum() - rows.square().sum(1).square().sum()) / (n * (n - 1))
 
 
