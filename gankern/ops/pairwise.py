@@ -188,8 +188,9 @@ def pulling_away(features: Tensor) -> Tensor:
     """The pulling-away term: the mean squared cosine between different samples of a batch; it keeps them from being alike.
 
     PT = 1 / (N (N - 1)) sum over i, j != i of (s_iᵀ s_j / (||s_i|| ||s_j||))². A sample and itself, whose cosine is 1, is no pair.
-    A vector of zeros has cosine 0 with all. Of more samples than features, with u_i = s_i / ||s_i||, the sum is ||Uᵀ U||² - sum ||u_i||⁴,
-    so that nothing larger than the features is made. Plain PyTorch on every backend; any derivative order.
+    A vector of zeros has cosine 0 with all. Of more samples than features, with u_i = s_i / ||s_i||, the sum is
+    ||Uᵀ U||² - sum ||u_i||⁴, so that nothing larger than the features is made. Plain PyTorch on every backend, any
+    derivative order.
     Computed in float32 for 16 bits, also under autocast.
 
     Args:
