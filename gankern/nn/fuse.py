@@ -43,7 +43,8 @@ def fuse(model: Module, *, inplace: bool = False) -> Module:
     called as it stands, and so are subclasses with a forward of their own. Numbers are those of the unfused network up to rounding,
     except that dropout may draw another mask from the same generator.
 
-    - ReLU after a linear layer or convolution in float16 is left to PyTorch: the sums overflow there, and of -inf the ops make NaN.
+    - ReLU after a linear layer or convolution in float16 is left to PyTorch: the sums overflow there, and of -inf the ops make NaN
+      where ReLU makes 0 (in the other dtypes too, should a sum ever be -inf).
     - A variable that a forward changes in place (x += y) is not fused into. Elsewhere (y = block(x); y += z) autograd may raise in
       the backward pass, because it has kept y, as it does after nn.ReLU.
     - Forwards are read from their source. One that cannot be read, or whose source is not what runs, is left; the report says so.

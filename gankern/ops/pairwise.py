@@ -211,7 +211,8 @@ def pulling_away(features: Tensor) -> Tensor:
         rows = F.normalize(_rows(features), dim=1)
         n, d = rows.shape
         if n <= max(d, 64):
-            return (rows @ rows.mT).triu(1).square().sum() * (2 / (n * (n - 1)))
+            pairs = (rows @ rows.mT).triu(1).flatten()
+            return pairs.dot(pairs) * (2 / (n * (n - 1)))
         product = rows.mT @ rows
         return (product.square().sum() - rows.square().sum(1).square().sum()) / (n * (n - 1))
 
@@ -269,7 +270,8 @@ def _upcast(t: Tensor) -> Tensor:
 
 def _rows(t: Tensor) -> Tensor:
     """[N, D] of the accumulation dtype."""
-    return _upcast(t).reshape(len(t), t.shape[1:].numel())
+    t = _upcast(t)
+    return t if t.dim() == 2 else t.reshape(len(t), t.shape[1:].numel())
 
 
 def _diagonal(t: Tensor) -> Tensor:
