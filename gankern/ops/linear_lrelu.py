@@ -87,12 +87,15 @@ def linear_lrelu(
     Source: Maas, Hannun, Ng, "Rectifier nonlinearities improve neural network acoustic models", 2013 (LeakyReLU);
     Srivastava et al., "Dropout", JMLR 2014.
     """
-    if backend.automatic() and not (training and dropout) and getattr(x, "is_cpu", False):
+    if backend.automatic() and getattr(x, "is_cpu", False):
         try:
+            drops = training and dropout > 0.0
+            native = not drops or (generator is None and _choose("cpu", dropout, _products(x, weight)) == "reference")
             plain_bias = bias is None or (bias.dim() == 1 and bias.size(0) == weight.size(0))  # F.linear takes others too
-            if plain_bias and weight.dim() == 2 and 0.0 <= negative_slope < _INFINITY and 0.0 <= dropout <= 1.0:
+            if native and plain_bias and weight.dim() == 2 and 0.0 <= negative_slope < _INFINITY and 0.0 <= dropout <= 1.0:
                 z = _linear(x, weight, bias)
-                return _activate_cpu(z, weight, negative_slope) if z.requires_grad else _leaky_relu_(z, negative_slope)
+                y = _activate_cpu(z, weight, negative_slope) if z.requires_grad else _leaky_relu_(z, negative_slope)
+                return F.dropout(y, dropout) if drops else y
         except Exception:
             pass  # most bad input comes here; below, the checks name it, or the same call raises again
     device = x.device.type if isinstance(x, Tensor) else "cpu"
