@@ -67,6 +67,11 @@ def poison_malloc(on: bool) -> None:
         mallopt(m_perturb, 0x100 if on else 0)  # the low byte is inverted; any other bit switches it on
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that no worker is left with them alone at the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_triton_aot.py", "test_cuda_build.py"))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
