@@ -81,7 +81,10 @@ class Pairs(OpGroup):
 
     def inputs(self, exact: bool) -> list[Tensor]:
         scale = 1 / self.shape[-1] if self.what == "features" else 1.0
-        made = [scale * torch.randn(self.shape, device=self.device) + i * 0.5 for i in range(1 + (self.what == "mmd2"))]
+        apart = 2.0 if exact else 0.5  # MMD² of samples of nearly one law is a small difference of large sums
+        made = [scale * torch.randn(self.shape, device=self.device) + i * apart for i in range(1 + (self.what == "mmd2"))]
+        if self.what == "pulling" and exact:  # and of isotropic points the gradient of the pulling-away term is one too
+            made = [t * torch.linspace(1.0, 0.25, self.shape[-1], device=self.device) for t in made]
         return [t.requires_grad_(self.grad) for t in made]
 
     def function(self, rival: str) -> Function:

@@ -290,6 +290,12 @@ class Measured(NamedTuple):
     problems: dict[str, Exception]
 
 
+def check(group: Group, rival: str) -> None:
+    """The gate, from a fixed seed: a row is right or wrong at each run alike."""
+    torch.manual_seed(0)
+    group.check(rival)
+
+
 def measure(group: Group, rounds: int = 0) -> Measured:
     """Check each rival, then time those that are right, alternating."""
     calls: dict[str, Callable[[], object]] = {}
@@ -299,8 +305,7 @@ def measure(group: Group, rounds: int = 0) -> Measured:
     try:
         for name in group.rivals:
             try:
-                torch.manual_seed(0)  # a row is right or wrong at each run alike
-                group.check(name)
+                check(group, name)
                 with group.context(name):
                     call = group.build(name)
                     inner[name], took = calls_per_sample(call, group.device)
@@ -334,7 +339,7 @@ class Session:
         benchmark.group = f"{file} {name}"
         if not benchmark.enabled:
             try:
-                benchmark.pedantic(group.check, args=(rival,))
+                benchmark.pedantic(check, args=(group, rival))
             finally:
                 group.close()
             return
