@@ -109,10 +109,19 @@ class MLPDiscriminator(nn.Sequential):
         checks.integer("MLPDiscriminator", "hidden", hidden, 1)
         return cls(widths=(4 * hidden, 2 * hidden, hidden), **options)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def layers(self) -> nn.Sequential:
+        """All layers, [B, K] -> [B, 1], for `gankern.nn.mlp_layers`."""
+        return nn.Sequential(*self)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """What `layers` take: x as [B, K]."""
         if tuple(x.shape[1:]) != self.in_shape:
             checks.fail(ValueError, "MLPDiscriminator", "x", f"have shape [B, {', '.join(map(str, self.in_shape))}]", list(x.shape))
-        return super().forward(x.flatten(1)).squeeze(1)
+        return x.flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.inputs(x)).squeeze(1)
 
 
 def _hidden(

@@ -12,7 +12,9 @@ from gankern import checks
 OP = "train"
 
 # What a resumed run may set anew: none of these changes a weight, and steps only says where to stop.
-MAY_CHANGE = frozenset({"outdir", "steps", "device", "log_every", "sample_every", "checkpoint_every", "keep", "resume", "dry_run"})
+MAY_CHANGE = frozenset(
+    {"outdir", "steps", "device", "engine", "log_every", "sample_every", "checkpoint_every", "keep", "resume", "dry_run"}
+)
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,18 @@ class TrainConfig:
     outdir: str = "runs"
     """Folder under which the run gets a directory of its own."""
     steps: int = 12000
-    """Training steps in all; one step updates the discriminator once and the generator once."""
+    """Training steps in all; one step updates the discriminator n_critic times and then the generator once."""
     batch_size: int = 64
-    """Real images a step, and as many generated ones."""
+    """Real images an update of the discriminator, and as many generated ones."""
     seed: int = 0
     """Seed of initial weights, data order, noise and dropout."""
     device: str = "auto"
     """auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1 ..."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """fp32 (exact), tf32 (float32 with tensor-core products, CUDA only), or bf16 (autocast, weights stay float32)."""
+    engine: Literal["auto", "eager", "graph", "compile"] = "auto"
+    """eager (one call after another), graph (CUDA: the whole step captured once and replayed), compile (torch.compile of the
+    networks), or auto: graph where it can be had, else eager."""
     checkpoint_every: int = 5000
     """Steps between checkpoints; the last step and Ctrl-C always save one. 0: only those."""
     sample_every: int = 1000
@@ -75,13 +80,41 @@ class TrainConfig:
         "fgan-hellinger-alternative",
         "fgan-jensen-shannon-alternative",
         "fgan-gan-alternative",
+        "wgan",
+        "relativistic",
+        "relativistic-lsgan",
+        "relativistic-hinge",
+        "relativistic-average",
+        "relativistic-average-lsgan",
+        "relativistic-average-hinge",
     ] = "non-saturating"
     """What critic and generator minimise, a row of the table of gankern.gan_loss; non-saturating: the generator -log D(G(z))."""
     real_label: float = 1.0
     """The discriminator's target for real images; 0.9 is one-sided label smoothing."""
     fake_label: float = 0.0
     """The discriminator's target for generated images."""
+    n_critic: int = 1
+    """Updates of the discriminator a step, each with a batch of its own."""
+    penalty: Literal["none", "gp", "lp", "0gp", "dragan", "r1", "r2"] = "none"
+    """Penalty on the norm of the discriminator's input gradient: gp (WGAN-GP), lp (one-sided), 0gp, dragan, r1, r2."""
+    penalty_weight: float = 10.0
+    """Weight of the penalty: lambda; for r1 and r2 gamma / 2."""
+    spectral_norm: bool = False
+    """Divide each weight of the discriminator by its largest singular value (SN-GAN)."""
+    clip_weights: float = 0.0
+    """Clip the discriminator's weights to [-c, c] after each of its updates; 0.01 is that of WGAN. 0: off."""
+    clip_gradients: float = 0.0
+    """Scale each network's gradient down to this norm where it is longer. 0: off."""
 
+    arch: Literal["mlp", "dcgan", "sngan", "cgan", "tabular"] = "mlp"
+    """The two networks: mlp, dcgan (Radford et al.), sngan (the standard CNN of Miyato et al.), cgan (MLPs with labels, Mirza and
+    Osindero), tabular (those of CTGAN, the discriminator on packs)."""
+    conv_width: int = 64
+    """Channels of the widest image layer of dcgan and sngan."""
+    d_norm: Literal["none", "batch"] = "none"
+    """Normalisation in the discriminator of dcgan: none, or BatchNorm but for the first layer."""
+    pack: int = 1
+    """Samples that the discriminator of tabular judges together (PacGAN)."""
     z_dim: int = 100
     """Entries of the latent vector z."""
     latent: Literal["normal", "uniform"] = "normal"
@@ -115,9 +148,21 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field, kind in typing.get_type_hints(type(self)).items():
             _check_type(field, getattr(self, field), kind)
-        for field in ("steps", "batch_size", "log_every", "z_dim"):
+        for field in ("steps", "batch_size", "log_every", "z_dim", "n_critic", "conv_width", "pack"):
             checks.number(OP, field, getattr(self, field), 1)
-        for field in ("checkpoint_every", "sample_every", "keep", "size", "limit", "negative_slope", "lr_g", "lr_d"):
+        for field in (
+            "checkpoint_every",
+            "sample_every",
+            "keep",
+            "size",
+            "limit",
+            "negative_slope",
+            "lr_g",
+            "lr_d",
+            "penalty_weight",
+            "clip_weights",
+            "clip_gradients",
+        ):
             checks.number(OP, field, getattr(self, field), 0)
         checks.number(OP, "seed", self.seed, 0, 2**62)
         for field in ("real_label", "fake_label", "g_dropout", "d_dropout"):
@@ -131,6 +176,16 @@ class TrainConfig:
                 checks.fail(ValueError, OP, field, "have widths >= 1", getattr(self, field))
         if self.g_norm == "batch" and self.batch_size == 1:
             checks.fail(ValueError, OP, "batch_size", "be >= 2 with BatchNorm", 1)
+        if self.objective == "wgan" and self.penalty == "none" and not self.spectral_norm and not self.clip_weights:
+            checks.fail(
+                ValueError, OP, "objective", "have a bounded critic: --penalty, --spectral-norm or --clip-weights", "wgan alone"
+            )
+        if self.penalty != "none" and self.d_norm == "batch":
+            checks.fail(ValueError, OP, "d_norm", "be none with a penalty, whose norm is of each sample by itself", "batch")
+        if self.pack > 1 and self.arch != "tabular":
+            checks.fail(ValueError, OP, "pack", "be 1 but for --arch tabular", self.pack)
+        if self.batch_size % self.pack:
+            checks.fail(ValueError, OP, "batch_size", f"be a multiple of pack ({self.pack})", self.batch_size)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

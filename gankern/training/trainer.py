@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gankern import checks
 from gankern.losses import GANLoss
 from gankern.models import sample_latent
-from gankern.ops.gan_loss import GanLoss
 from gankern.training import precision
+from gankern.training.adam import Adam
 from gankern.training.config import TrainConfig
+from gankern.training.critic import Loss, choose
 
 OP = "Trainer"
 
 
 class Trainer:
-    """The GAN loop of Goodfellow et al. (2014, algorithm 1, one critic step), without the work that it does not need.
+    """The GAN loop of Goodfellow et al. (2014, algorithm 1), without the work that it does not need.
 
-    One batch of fakes a step: the critic learns from it detached, then the generator learns from the very same batch through the
-    updated critic. The critic's step builds no generator graph, the generator's step computes no critic weight gradient, and real
-    and fake go through the critic in one pass where that changes nothing.
+    A step updates the critic n_critic times, each time with its own real samples and fakes, then the generator from the last fakes
+    through the updated critic. The critic's updates build no generator graph, the generator's update computes no critic weight
+    gradient, and an MLP critic is driven by the one-pass critic, with its penalty, instead of by autograd.
 
     Args:
-        generator: z [B, z_dim] -> samples [B, ...].
-        discriminator: samples -> logits, one a sample.
-        config: rates, labels, latent law, EMA, precision and seed are read.
+        generator: z [B, z_dim] (and classes [B]) -> samples [B, ...].
+        discriminator: samples (and classes) -> logits, one a sample or a pack. With `layers`, an nn.Sequential that
+            `gankern.nn.mlp_layers` reads, and `inputs(samples, *classes)`, the rows [N, K] that these take, it gets the one pass.
+        config: objective, rates, labels, penalty, clipping, latent law, EMA, precision and seed are read.
         device: where both networks are moved.
         one_pass: whether real and fake may share one pass through the critic. None: yes, unless it has a BatchNorm. A critic whose
             samples see each other in another way needs False.
+        capturable: whether all that changes from step to step is kept in tensors, as a CUDA graph needs it. None: on CUDA.
 
-    Random numbers: z comes from `self.rng`, seeded with config.seed + 1; dropout from PyTorch's default generator. Both are in
-    `state_dict`, so that a resumed run repeats an uninterrupted one, on the CPU bit for bit.
+    Random numbers: z and the penalty's points come from `self.rng`, seeded with config.seed + 1; dropout from PyTorch's default
+    generator. Both are in `state_dict`, so that a resumed run repeats an uninterrupted one, on the CPU bit for bit.
     """
 
     def __init__(
@@ -47,60 +47,85 @@ class Trainer:
         config: TrainConfig,
         device: torch.device | str = "cpu",
         one_pass: bool | None = None,
+        capturable: bool | None = None,
     ) -> None:
         self.device = torch.device(device)
         precision.check(config.precision, self.device)
         self.config = config
         self.generator = generator.to(self.device).train()
         self.discriminator = discriminator.to(self.device).train()
-        self.loss = GANLoss(config.objective, config.real_label, config.fake_label)
-        betas = (config.beta1, config.beta2)
-        self.opt_g = torch.optim.Adam(generator.parameters(), lr=config.lr_g, betas=betas, fused=True)
-        self.opt_d = torch.optim.Adam(discriminator.parameters(), lr=config.lr_d, betas=betas, fused=True)
-        self.ema = Ema(generator, config.ema, config.ema_warmup) if config.ema > 0.0 else None
         self.rng = torch.Generator(self.device).manual_seed(config.seed + 1)
-        self.one_pass = not any(isinstance(m, _BatchNorm) for m in discriminator.modules()) if one_pass is None else one_pass
-        self.critic_parameters = [p for p in discriminator.parameters() if p.requires_grad]
+        loss = GANLoss(config.objective, config.real_label, config.fake_label)
+        self.critic = choose(discriminator, loss, config.penalty, config.penalty_weight, self.rng, one_pass)
+        betas = (config.beta1, config.beta2)
+        self.opt_g, self.opt_d = (
+            Adam(generator.parameters(), config.lr_g, betas),
+            Adam(discriminator.parameters(), config.lr_d, betas),
+        )
+        self.ema = Ema(generator, config.ema, config.ema_warmup) if config.ema > 0.0 else None
         self.steps_done = 0
+        self.clock = torch.zeros((), device=self.device) if capturable else None  # steps_done, for what a graph replays
 
-    def step(self, real: Tensor) -> dict[str, Tensor]:
-        """One step of the critic, one of the generator.
+    def step(self, real: Tensor, *labels: Tensor) -> dict[str, Tensor]:
+        """n_critic updates of the critic, one of the generator.
 
         Args:
-            real: training samples, float32 [B, ...] on the trainer's device.
+            real: training samples, float32 [n_critic * B, ...] on the trainer's device: B for each update of the critic.
+            labels: nothing, or their classes, int64 [n_critic * B], which the fakes get too.
 
         Returns:
-            Detached scalars on the device: d_loss, d_real = D(x), d_fake = D(G(z)) of the critic before its update, and g_loss
-            after it.
+            Detached scalars on the device: d_loss, d_real = D(x), d_fake = D(G(z)) of the critic before its last update, and
+            g_loss after it.
+
+        Raises:
+            ValueError: real is no multiple of n_critic samples.
         """
+        n = self.config.n_critic
+        if len(real) % n:
+            checks.fail(ValueError, OP, "real", f"have a multiple of n_critic ({n}) samples", len(real))
+        batches = [(real, *labels)] if n == 1 else list(zip(*(t.chunk(n) for t in (real, *labels)), strict=True))
         with precision.products(self.config.precision, self.device):
-            with self.autocast():
-                fake = self.generator(self.noise(len(real)))
-            d = self.discriminator_step(real, fake.detach())
-            g = self.generator_step(fake)
+            for x, *c in batches[:-1]:
+                with torch.no_grad():
+                    fake = self.fake(len(x), *c)
+                self.discriminator_step(x, fake, *c)
+            x, *c = batches[-1]
+            fake = self.fake(len(x), *c)
+            d = self.discriminator_step(x, fake.detach(), *c)
+            g = self.generator_step(fake, x, *c)
         if self.ema is not None:
-            self.ema.update(self.generator, self.steps_done)
+            self.ema.update(self.generator, self.steps_done if self.clock is None else self.clock)
         self.steps_done += 1
+        if self.clock is not None:
+            self.clock += 1
         return {"d_loss": d.value, "g_loss": g.value, "d_real": d.d_real, "d_fake": d.d_fake}
 
-    def discriminator_step(self, real: Tensor, fake: Tensor) -> GanLoss:
+    def fake(self, n: int, *labels: Tensor) -> Tensor:
         with self.autocast():
-            if self.one_pass:
-                out = self.loss.discriminator_from(self.discriminator(torch.cat([real, fake])), len(real))
-            else:
-                out = self.loss.discriminator(self.discriminator(real), self.discriminator(fake))
-        self.opt_d.zero_grad(set_to_none=True)
+            return self.generator(self.noise(n), *labels)
+
+    def discriminator_step(self, real: Tensor, fake: Tensor, *labels: Tensor) -> Loss:
+        self.opt_d.forget()
+        with self.autocast():
+            out = self.critic.discriminator(real, fake, *labels)
         out.backward()
-        self.opt_d.step()
+        self.update(self.opt_d)
+        if self.config.clip_weights:
+            clip_(self.opt_d.parameters, self.config.clip_weights)
         return out
 
-    def generator_step(self, fake: Tensor) -> GanLoss:
-        with frozen(self.critic_parameters), self.autocast():
-            out = self.loss.generator(self.discriminator(fake))
-        self.opt_g.zero_grad(set_to_none=True)
+    def generator_step(self, fake: Tensor, real: Tensor, *labels: Tensor) -> Loss:
+        self.opt_g.forget()
+        with self.autocast():
+            out = self.critic.generator(fake, real, *labels)
         out.backward()
-        self.opt_g.step()
+        self.update(self.opt_g)
         return out
+
+    def update(self, optimizer: Adam) -> None:
+        if self.config.clip_gradients:
+            torch.nn.utils.clip_grad_norm_(optimizer.parameters, self.config.clip_gradients)
+        optimizer.update()
 
     def noise(self, n: int) -> Tensor:
         return sample_latent(n, self.config.z_dim, self.config.latent, self.rng, self.device)
@@ -108,9 +133,9 @@ class Trainer:
     def autocast(self) -> Any:
         return precision.autocast(self.config.precision, self.device)
 
-    def sample(self, z: Tensor) -> Tensor:
-        """G(z) in evaluation mode and float32, of the EMA weights if there are any; z is [N, z_dim] on any device."""
-        return generate(self.generator if self.ema is None else self.ema.model, z.to(self.device))
+    def sample(self, z: Tensor, *labels: Tensor) -> Tensor:
+        """G(z) in evaluation mode and float32, of the EMA weights if there are any; z is [N, z_dim] (labels [N]) on any device."""
+        return generate(self.generator if self.ema is None else self.ema.model, *(t.to(self.device) for t in (z, *labels)))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs: a flat dict of tensors and ints."""
@@ -121,7 +146,9 @@ class Trainer:
             state |= {f"{name}.{key}": value for key, value in model.state_dict().items()}
         for name, optimizer in self._optimizers().items():
             for index, slots in optimizer.state_dict()["state"].items():
-                state |= {f"{name}.{index}.{slot}": value for slot, value in slots.items()}
+                state |= {f"{name}.{index}.{slot}": value for slot, value in slots.items()} | {
+                    f"{name}.{index}.step": slots["step"].clone()  # one tensor for all: a file holds each by itself
+                }
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -130,33 +157,28 @@ class Trainer:
         Raises:
             ValueError: an entry is missing, left over, or of another shape or dtype; nothing has been loaded then.
         """
-        models, optimizers = self._models(), self._optimizers()
-        want = {f"{name}.{key}": value for name, model in models.items() for key, value in model.state_dict().items()}
-        if state.get("step"):
-            for name, optimizer in optimizers.items():
-                for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-                    want |= {f"{name}.{index}.step": torch.zeros(()), f"{name}.{index}.exp_avg": p, f"{name}.{index}.exp_avg_sq": p}
-        want |= {key: value for key, value in self.state_dict().items() if key == "step" or key.startswith("rng.")}
-        _check_entries(state, want)
+        _check_entries(state, self.state_dict())
         self.steps_done = state["step"]
+        if self.clock is not None:
+            self.clock.fill_(self.steps_done)
         self.rng.set_state(state["rng.noise"])
         torch.set_rng_state(state["rng.default"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng.cuda"], self.device)
-        for name, model in models.items():
+        for name, model in self._models().items():
             model.load_state_dict(_below(state, name))
-        for name, optimizer in optimizers.items():
+        for name, optimizer in self._optimizers().items():
             slots: dict[int, dict[str, Tensor]] = {}
             for key, value in _below(state, name).items():
                 number, slot = key.split(".")
                 slots.setdefault(int(number), {})[slot] = value
-            optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+            optimizer.load_slots(slots)
 
     def _models(self) -> dict[str, nn.Module]:
         ema = {} if self.ema is None else {"ema": self.ema.model}
         return {"generator": self.generator, "discriminator": self.discriminator, **ema}
 
-    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+    def _optimizers(self) -> dict[str, Adam]:
         return {"opt_g": self.opt_g, "opt_d": self.opt_d}
 
 
@@ -177,37 +199,34 @@ class Ema:
         self.decay, self.warmup = decay, warmup
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1.0 - decay)
+    def update(self, model: nn.Module, step: int | Tensor) -> None:
+        """After step number `step`; a tensor [] is read by the device when it gets there."""
+        averages, parameters = list(self.model.parameters()), list(model.parameters())
+        if not self.warmup:
+            torch._foreach_lerp_(averages, parameters, 1.0 - self.decay)
+        elif isinstance(step, Tensor):
+            share = 1.0 - ((1 + step) / (10 + step)).clamp_max(self.decay)
+            torch._foreach_lerp_(averages, parameters, [share] * len(averages))
+        else:
+            torch._foreach_lerp_(averages, parameters, 1.0 - min(self.decay, (1 + step) / (10 + step)))
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)
 
 
-@contextmanager
-def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside, graphs are built as if these parameters were constants: no gradient is computed for them.
-
-    `backward(inputs=...)` asks native layers for no more, and was measured as fast, but an autograd Function in Python still
-    computes its bias gradient then.
-    """
-    parameters = list(parameters)
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
+@torch.no_grad()
+def clip_(parameters: list[Tensor], limit: float) -> None:
+    """Clip every entry to [-limit, limit] (Arjovsky et al., "Wasserstein GAN", 2017, algorithm 1)."""
+    torch._foreach_clamp_min_(parameters, -limit)
+    torch._foreach_clamp_max_(parameters, limit)
 
 
 @torch.no_grad()
-def generate(generator: nn.Module, z: Tensor, chunk: int = 512) -> Tensor:
-    """G(z) in evaluation mode, in chunks; the mode is put back."""
+def generate(generator: nn.Module, z: Tensor, *labels: Tensor, chunk: int = 512) -> Tensor:
+    """G(z) or G(z, labels) in evaluation mode, in chunks; the mode is put back."""
     training = generator.training
     generator.eval()
     try:
-        return torch.cat([generator(part) for part in z.split(chunk)])
+        return torch.cat([generator(*parts) for parts in zip(*(t.split(chunk) for t in (z, *labels)), strict=True)])
     finally:
         generator.train(training)
 
