@@ -34,6 +34,7 @@ def square(op: str, argument: str, values: Sequence[int]) -> tuple[int, int]:
 
 def rows(op: str, argument: str, x: Tensor, shape: tuple[int, ...]) -> None:
     """Refuse anything but [B, *shape]."""
+    checks.tensor(op, argument, x)
     if x.dim() == 0 or tuple(x.shape[1:]) != shape:
         checks.fail(ValueError, op, argument, f"have shape [B, {', '.join(map(str, shape))}]", list(x.shape))
 

@@ -86,8 +86,9 @@ class CGANDiscriminator(nn.Module):
 
         out = gankern.mlp_critic(critic.inputs(x, y), critic.inputs(fake, y), *gankern.nn.mlp_layers(critic.layers))
 
-    is its objective in one pass. That trains the layers alone: use it with embed=0. A gradient penalty of it counts the gradient in
-    the label's vector too; `gankern.gradient_penalty(critic, real, fake, cond=labels)` counts that in the sample alone.
+    is its objective in one pass, with embed=0 only: that pass trains nothing before the layers, and refuses learned vectors. Its
+    gradient penalty counts the gradient in the label's vector too; `gankern.gradient_penalty(critic, real, fake, cond=labels)` that
+    in the sample alone.
 
     Args:
         in_shape: shape of one sample, such as (1, 28, 28) or (2,).
