@@ -1,6 +1,22 @@
 """Networks: generators and critics of the published systems, and the latent vectors that they start from."""
 
+from gankern.models.conditional import CGANDiscriminator, CGANGenerator
+from gankern.models.dcgan import DCGANDiscriminator, DCGANGenerator
 from gankern.models.latent import sample_latent
 from gankern.models.mlp import MLPDiscriminator, MLPGenerator
+from gankern.models.sngan import SNGANDiscriminator, SNGANGenerator
+from gankern.models.tabular import TabularDiscriminator, TabularGenerator
 
-__all__ = ["MLPDiscriminator", "MLPGenerator", "sample_latent"]
+__all__ = [
+    "CGANDiscriminator",
+    "CGANGenerator",
+    "DCGANDiscriminator",
+    "DCGANGenerator",
+    "MLPDiscriminator",
+    "MLPGenerator",
+    "SNGANDiscriminator",
+    "SNGANGenerator",
+    "TabularDiscriminator",
+    "TabularGenerator",
+    "sample_latent",
+]
