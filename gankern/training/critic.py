@@ -55,8 +55,14 @@ def choose(
 ) -> Critic:
     """The one pass if the critic is an MLP all of whose parameters are its `layers`, and the penalty is one that it knows."""
     layers = getattr(net, "layers", None)
-    fits = isinstance(layers, nn.Sequential) and hasattr(net, "inputs") and not mlp_problem(layers)
-    if fits and penalty != "dragan" and len(list(layers.parameters())) == len(list(net.parameters())) and one_pass is not False:
+    if (
+        isinstance(layers, nn.Sequential)
+        and hasattr(net, "inputs")
+        and not mlp_problem(layers)
+        and len(list(layers.parameters())) == len(list(net.parameters()))
+        and penalty != "dragan"
+        and one_pass is not False
+    ):
         return OnePass(net, loss, penalty, penalty_weight, rng)
     return Autograd(net, loss, penalty, penalty_weight, rng, one_pass)
 
@@ -68,7 +74,7 @@ class Autograd:
         self, net: nn.Module, loss: GANLoss, penalty: str, penalty_weight: float, rng: torch.Generator, one_pass: bool | None = None
     ) -> None:
         self.net, self.loss, self.rng = net, loss, rng
-        self.penalty = PENALTIES[penalty] and {**PENALTIES[penalty], "weight": penalty_weight}
+        self.penalty: dict[str, Any] = PENALTIES[penalty] and {**PENALTIES[penalty], "weight": penalty_weight}
         self.parameters = [p for p in net.parameters() if p.requires_grad]
         self.one_pass = not any(isinstance(m, _BatchNorm) for m in net.modules()) if one_pass is None else one_pass
 
@@ -80,8 +86,8 @@ class Autograd:
             out = self.loss.discriminator(self.net(real, *labels), self.net(fake, *labels))
         if not self.penalty:
             return out
-        eps = {"eps": draw_eps(real, self.rng)} if self.penalty["sample"] == "line" else {}
-        penalty = gradient_penalty(self.net, real, fake, cond=labels or None, generator=self.rng, **eps, **self.penalty)
+        eps = draw_eps(real, self.rng) if self.penalty["sample"] == "line" else None
+        penalty = gradient_penalty(self.net, real, fake, cond=labels or None, eps=eps, generator=self.rng, **self.penalty)
         return Penalised(out, penalty)
 
     def generator(self, fake: Tensor, real: Tensor, *labels: Tensor) -> Loss:
@@ -117,7 +123,7 @@ class OnePass:
 
     def __init__(self, net: nn.Module, loss: GANLoss, penalty: str, penalty_weight: float, rng: torch.Generator) -> None:
         self.net, self.loss, self.rng = net, loss, rng
-        self.penalty = PENALTIES[penalty] and {**PENALTIES[penalty], "penalty_weight": penalty_weight}
+        self.penalty: dict[str, Any] = PENALTIES[penalty] and {**PENALTIES[penalty], "penalty_weight": penalty_weight}
         self._known: tuple[bool, MLPLayers] | None = None
 
     def layers(self) -> MLPLayers:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from gankern import checks, models
-from gankern.nn import fuse, spectral_norm_
+from gankern.nn import spectral_norm_
+from gankern.nn.fuse import fuse
 from gankern.training.config import TrainConfig
 
 Networks = tuple[nn.Module, nn.Module]
@@ -42,10 +43,10 @@ def networks(config: TrainConfig, shape: Shape, classes: int = 0, fused: bool = 
 
 
 def _mlp(config: TrainConfig, shape: Shape, classes: int) -> Networks:
-    slope = {"negative_slope": config.negative_slope}
+    slope = config.negative_slope
     return (
-        models.MLPGenerator(config.z_dim, config.g_widths, shape, norm=config.g_norm, dropout=config.g_dropout, **slope),
-        models.MLPDiscriminator(shape, config.d_widths, dropout=config.d_dropout, **slope),
+        models.MLPGenerator(config.z_dim, config.g_widths, shape, config.g_norm, config.g_dropout, slope),
+        models.MLPDiscriminator(shape, config.d_widths, config.d_dropout, slope),
     )
 
 
@@ -57,7 +58,9 @@ def _dcgan(config: TrainConfig, shape: Shape, classes: int) -> Networks:
 
 
 def _sngan(config: TrainConfig, shape: Shape, classes: int) -> Networks:
-    return models.SNGANGenerator(config.z_dim, shape, config.conv_width), models.SNGANDiscriminator(shape, config.conv_width)
+    halvings = 2 if shape[-1] == 28 else 3
+    widths = [config.conv_width * 2**i for i in range(halvings + 1)]
+    return models.SNGANGenerator(config.z_dim, shape, widths), models.SNGANDiscriminator(shape, widths)
 
 
 def _cgan(config: TrainConfig, shape: Shape, classes: int) -> Networks:
@@ -71,7 +74,7 @@ def _cgan(config: TrainConfig, shape: Shape, classes: int) -> Networks:
 
 def _tabular(config: TrainConfig, shape: Shape, classes: int) -> Networks:
     return (
-        models.TabularGenerator(config.z_dim, shape, config.g_widths),
+        models.TabularGenerator(shape, config.z_dim, config.g_widths),
         models.TabularDiscriminator(
             shape, config.d_widths, dropout=config.d_dropout, pack=config.pack, negative_slope=config.negative_slope
         ),

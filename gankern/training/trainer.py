@@ -201,7 +201,8 @@ class Ema:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int | Tensor) -> None:
         """After step number `step`; a tensor [] is read by the device when it gets there."""
-        averages, parameters = list(self.model.parameters()), list(model.parameters())
+        averages: list[Any] = list(self.model.parameters())
+        parameters: list[Any] = list(model.parameters())
         if not self.warmup:
             torch._foreach_lerp_(averages, parameters, 1.0 - self.decay)
         elif isinstance(step, Tensor):
