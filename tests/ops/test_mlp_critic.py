@@ -633,7 +633,7 @@ def test_the_whole_pass_is_an_operator() -> None:
         {},
         {"penalise": False, "eps": None, "count": 0},
         {"eps": None, "first": 6, "wanted": [False, True] * 3 + [False]},
-        {"penalise": False, "eps": None, "count": 0, "real": None, "wanted": [False] * 6 + [True]},
+        {"penalise": False, "eps": None, "count": 0, "wanted": [False] * 6 + [True]},
         {"wanted": [True] * 7},
         {"seeds": seeds, "p": [0.3, 0.5]},
     ):
