@@ -325,9 +325,10 @@ void check_pass(const Maybe& real, const Maybe& fake, const Maybe& x_hat, const 
   check(biases.size() == layers, kPass, "biases", "be as many as weights");
   check(seeds.size() + 1 == layers && slopes.size() + 1 == layers && p.size() + 1 == layers, kPass, "seeds, slopes and p",
         "be as many as hidden layers");
-  check(wanted.size() == 2 * layers, kPass, "wanted", "be twice as many as weights");
-  for (size_t i = layers; i < wanted.size(); ++i) check(!wanted[i] || real.has_value(), kPass, "wanted", "want no bias of a penalty alone");
-  check(real.has_value() == fake.has_value() && (real.has_value() || x_hat.has_value()), kPass, "the samples", "be real and fake, x_hat, or all three");
+  check(wanted.size() == 2 * layers + 1, kPass, "wanted", "be one more than twice as many as weights");
+  for (size_t i = layers; i < wanted.size(); ++i)
+    check(!wanted[i] || fake.has_value(), kPass, "wanted", "want neither bias nor samples of a penalty alone");
+  check(fake.has_value() || (x_hat.has_value() && !real.has_value()), kPass, "the samples", "be fake, real and fake, x_hat, or all three");
   check(!eps.has_value() || (real.has_value() && !x_hat.has_value() && eps->numel() == real->size(0) && fake->size(0) == real->size(0)), kPass, "eps",
         "have one value for each pair of samples, without x_hat");
   int64_t columns = weights[0].dim() == 2 ? weights[0].size(1) : -1;
@@ -342,7 +343,8 @@ void check_pass(const Maybe& real, const Maybe& fake, const Maybe& x_hat, const 
   check(columns == 1, kPass, "weights", "end with one row");
 }
 
-// loss, adversarial, penalty, norms, statistics, then the gradients that are wanted, of weights and then of biases.
+// loss, adversarial, penalty, norms, statistics, then the gradients that are wanted, of weights, then of biases, then of the fake samples (of the
+// adversarial loss alone: a penalty does not move its points).
 std::vector<Tensor> mlp_critic_pass(const Maybe& real, const Maybe& fake, const Maybe& x_hat, const Maybe& eps, std::vector<Maybe> seeds,
                                     std::vector<Tensor> weights, std::vector<Maybe> biases, std::vector<double> slopes, std::vector<double> p,
                                     int64_t term_real, double weight_real, double target_real, const Maybe& targets_real, int64_t term_fake,
@@ -360,20 +362,21 @@ std::vector<Tensor> mlp_critic_pass(const Maybe& real, const Maybe& fake, const 
     dtypes.push_back(biases[i].has_value() ? biases[i]->scalar_type() : dtypes[i]);
     if (autocast.has_value() && biases[i].has_value()) biases[i] = torch::stable::to(*biases[i], *autocast);
   }
-  const bool judge = real.has_value();
+  const bool judge = fake.has_value();
   const int64_t hidden = static_cast<int64_t>(weights.size()) - 1;
   const Tensor& last = weights[static_cast<size_t>(hidden)];
   const ScalarType dtype = last.scalar_type(), sums = accumulate_dtype(dtype);
-  const int64_t n_real = judge ? real->size(0) : 0, judged = judge ? n_real + fake->size(0) : 0;
+  const int64_t n_real = real.has_value() ? real->size(0) : 0, n_fake = judge ? fake->size(0) : 0, judged = n_real + n_fake;
   const int64_t rows = judged + (eps.has_value() ? n_real : x_hat.has_value() ? x_hat->size(0) : 0);
   const bool inside = penalise && first < judged;
   check(first >= 0 && count >= 0 && first + count <= rows, kPass, "first and count", "be rows of the batch");
   check(rows == judged || (penalise && first == judged && count == rows - judged), kPass, "first and count", "be the rows of x_hat or eps");
 
   // [real; fake; x̂], where x̂ between real and fake need not be known: only what the first layer makes of them
-  const Tensor x = empty(last, {rows, weights[0].size(1)}, dtype);
-  if (judge) copy_rows(x, 0, *real);
-  if (judge) copy_rows(x, n_real, *fake);
+  const bool as_given = judge && rows == n_fake && !penalise && fake->scalar_type() == dtype;
+  const Tensor x = as_given ? torch::stable::contiguous(*fake) : empty(last, {rows, weights[0].size(1)}, dtype);
+  if (real.has_value()) copy_rows(x, 0, *real);
+  if (judge && !as_given) copy_rows(x, n_real, *fake);
   if (x_hat.has_value()) copy_rows(x, judged, *x_hat);
   Maybe share;
   if (eps.has_value()) {
@@ -395,7 +398,9 @@ std::vector<Tensor> mlp_critic_pass(const Maybe& real, const Maybe& fake, const 
     bits.push_back(kept);
   }
 
-  // the adversarial loss, and what the adjoints begin with
+  // the adversarial loss, and what the adjoints begin with, where a weight or bias below the last layer or the penalty asks for them
+  bool deep = penalise;
+  for (size_t i = 0; i + 1 < wanted.size(); ++i) deep = deep || (wanted[i] && i % weights.size() != static_cast<size_t>(hidden));
   Tensor adversarial, stats, slope, d;
   Maybe seed, factor, row_factor;
   if (judge) {
@@ -414,7 +419,7 @@ std::vector<Tensor> mlp_critic_pass(const Maybe& real, const Maybe& fake, const 
       row_factor = torch::stable::fill_(empty(last, {judged}, sums), 1.0);
       copy_rows(*row_factor, first, *factor);
     }
-    d = product(torch::stable::reshape(*seed, {rows, 1}), last);
+    if (deep) d = product(torch::stable::reshape(*seed, {rows, 1}), last);
   } else {
     adversarial = torch::stable::fill_(empty(last, {}, sums), 0.0);
     stats = torch::stable::fill_(empty(last, {3}, sums), std::numeric_limits<double>::quiet_NaN());
@@ -424,9 +429,11 @@ std::vector<Tensor> mlp_critic_pass(const Maybe& real, const Maybe& fake, const 
 
   // adjoints, with the sums that are the gradients of the biases
   std::vector<Tensor> adjoints(h.size() - 1), dbias(h.size() - 1);
-  for (size_t i = h.size() - 1; i-- > 0;) {
+  for (size_t i = deep ? adjoints.size() : 0; i-- > 0;) {
     adjoints[i] = d;
-    dbias[i] = take(call("gankern::mlp_critic_adjoint", "", d, h[i + 1], bits[i], slopes[i], p[i], judged, row_factor)[0]);
+    const bool summed = wanted[weights.size() + i];
+    const int64_t bias_rows = summed ? judged : 0;
+    dbias[i] = take(call("gankern::mlp_critic_adjoint", "", d, h[i + 1], bits[i], slopes[i], p[i], bias_rows, summed ? row_factor : Maybe())[0]);
     if (i > 0) d = product(d, weights[i]);
   }
 
@@ -451,14 +458,28 @@ std::vector<Tensor> mlp_critic_pass(const Maybe& real, const Maybe& fake, const 
 
   // weights
   std::vector<Tensor> results{torch::stable::subtract(adversarial, penalty, -1.0), adversarial, penalty, norms, stats};
-  for (size_t i = 0; i < wanted.size(); ++i) {
+  for (size_t i = 0; i + 1 < wanted.size(); ++i) {
     if (!wanted[i]) continue;
     Tensor grad;
     if (i < adjoints.size()) grad = product(transposed(adjoints[i]), h[i]);
     else if (i == adjoints.size()) grad = judge ? product(torch::stable::reshape(*seed, {1, rows}), h.back()) : torch::stable::sum(h.back(), kRows, true);
-    else if (i + 1 < wanted.size()) grad = dbias[i - weights.size()];
+    else if (i + 2 < wanted.size()) grad = dbias[i - weights.size()];
     else grad = torch::stable::sum(slope, kRows, true);
     results.push_back(grad.scalar_type() == dtypes[i] ? grad : torch::stable::to(grad, dtypes[i]));
+  }
+
+  // the fake samples: adjoints of their rows alone, one layer further
+  if (wanted.back()) {
+    const Tensor head = empty(last, {n_fake, 1}, dtype);
+    copy_rows(head, 0, torch::stable::reshape(rows_of(slope, n_real, n_fake), {n_fake, 1}));
+    Tensor g = product(head, last);
+    for (size_t i = adjoints.size(); i-- > 0;) {
+      const Tensor kept = p[i] > 0.0 ? rows_of(bits[i], n_real, n_fake) : bits[i];
+      const int64_t bias_rows = 0;
+      take(call("gankern::mlp_critic_adjoint", "", g, rows_of(h[i + 1], n_real, n_fake), kept, slopes[i], p[i], bias_rows, Maybe())[0]);
+      g = product(g, weights[i]);
+    }
+    results.push_back(g.scalar_type() == fake->scalar_type() ? g : torch::stable::to(g, fake->scalar_type()));
   }
   return results;
 }

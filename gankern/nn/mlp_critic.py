@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from gankern import checks
 from gankern.nn._chain import FusedSequential
 from gankern.nn.linear import LinearLeakyReLU
-from gankern.ops.mlp_critic import MLPCriticLoss, mlp_critic, mlp_critic_penalty
+from gankern.ops.mlp_critic import MLPCriticLoss, mlp_critic, mlp_critic_generator, mlp_critic_penalty
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -158,6 +158,15 @@ class MLPCritic(nn.Sequential):
     def critic_loss(self, real: Tensor, fake: Tensor, objective: str = "non-saturating", **options: Any) -> MLPCriticLoss:
         """`gankern.mlp_critic` with this critic's layers; `options` are its keyword arguments from `real_label` on."""
         return mlp_critic(real, fake, *mlp_layers(self), objective=objective, **options)
+
+    def generator_loss(
+        self, fake: Tensor, objective: str = "non-saturating", real: Tensor | None = None, **options: Any
+    ) -> MLPCriticLoss:
+        """`gankern.mlp_critic_generator` with this critic's layers: only `fake` gets a gradient, the critic none.
+
+        `options` are its keyword arguments `real_label` and `generator`.
+        """
+        return mlp_critic_generator(fake, *mlp_layers(self), objective=objective, real=real, **options)
 
     def penalty(self, x_hat: Tensor, **options: Any) -> MLPCriticLoss:
         """`gankern.mlp_critic_penalty` with this critic's layers; `options` are its keyword arguments from `weight` on."""
