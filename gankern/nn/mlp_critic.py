@@ -75,7 +75,7 @@ def _read(critic: nn.Module, plain: bool = False) -> tuple[MLPLayers, str]:
     dropped = False
     name: str
     module: Any
-    for name, module in critic.named_children():
+    for name, module in critic._modules.items():  # named_children leaves out a module that is used a second time
         kind, what = _kind(module), f"{type(module).__name__} ({name})"
         if kind is nn.Identity:
             continue
@@ -145,7 +145,7 @@ class MLPCritic(nn.Sequential):
 
     def __init__(self, *layers: nn.Module) -> None:
         if len(layers) == 1 and isinstance(layers[0], nn.Sequential):
-            super().__init__(OrderedDict(layers[0].named_children()))
+            super().__init__(OrderedDict(layers[0]._modules))
         else:
             super().__init__(*layers)
         mlp_layers(self)
