@@ -253,7 +253,7 @@ Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
   return like.is_cpu() ? empty_on_cpu(sizes, dtype) : torch::stable::new_empty(like, sizes, dtype);
 }
 
-Tensor rows_of(Tensor t, int64_t first, int64_t count) { return torch::stable::narrow(t, 0, first, count); }
+Tensor rows_of(Tensor t, int64_t first, int64_t count) { return count == t.size(0) ? t : torch::stable::narrow(t, 0, first, count); }
 
 void copy_rows(const Tensor& into, int64_t first, const Tensor& from) {
   Tensor part = rows_of(into, first, from.size(0));
@@ -275,6 +275,17 @@ void linear(const Tensor& out, const Tensor& x, const Tensor& w, const Maybe& bi
 // share * real + (1 - share) * fake into `out`, for n rows each
 void between(const Tensor& out, const Tensor& real, const Tensor& fake, const Tensor& share) {
   take(call("aten::lerp", "Tensor_out", fake, real, share, out)[0]);
+}
+
+// The stages: on the CPU without the dispatcher, 3 us a call
+Tensor adjoint_of(const Tensor& d, const Tensor& y, const Tensor& bits, double slope, double p, int64_t bias_rows, const Maybe& factor) {
+  if (d.is_cpu()) return mlp_critic_adjoint(d, y, bits, slope, p, bias_rows, factor);
+  return take(call("gankern::mlp_critic_adjoint", "", d, y, bits, slope, p, bias_rows, factor)[0]);
+}
+
+void to_tangent(const Tensor& t, const Tensor& y, const Tensor& bits, double slope, double p, int64_t first, const Maybe& factor) {
+  if (t.is_cpu()) mlp_critic_tangent(t, y, bits, slope, p, first, factor);
+  else call("gankern::mlp_critic_tangent", "", t, y, bits, slope, p, first, factor);
 }
 
 // y = LeakyReLU(y + bias) in place, on the CPU
@@ -411,8 +422,11 @@ std::vector<Tensor> mlp_critic_pass(const Maybe& real, const Maybe& fake, const 
                     target_fake, targets_fake, mean, relative);
     adversarial = take(out[0]), stats = take(out[1]), slope = torch::stable::reshape(take(out[2]), {judged});
     take(out[3]);
-    seed = torch::stable::fill_(empty(last, {rows}, dtype), 1.0);
-    copy_rows(*seed, 0, slope);
+    const bool seeded = deep || wanted[static_cast<size_t>(hidden)];
+    if (seeded) {
+      seed = torch::stable::fill_(empty(last, {rows}, dtype), 1.0);
+      copy_rows(*seed, 0, slope);
+    }
     if (inside) {  // rows that are penalised too have the seed 1, and their slope as a factor
       torch::stable::fill_(rows_of(*seed, first, count), 1.0);
       factor = rows_of(slope, first, count);
@@ -433,7 +447,7 @@ std::vector<Tensor> mlp_critic_pass(const Maybe& real, const Maybe& fake, const 
     adjoints[i] = d;
     const bool summed = wanted[weights.size() + i];
     const int64_t bias_rows = summed ? judged : 0;
-    dbias[i] = take(call("gankern::mlp_critic_adjoint", "", d, h[i + 1], bits[i], slopes[i], p[i], bias_rows, summed ? row_factor : Maybe())[0]);
+    dbias[i] = adjoint_of(d, h[i + 1], bits[i], slopes[i], p[i], bias_rows, summed ? row_factor : Maybe());
     if (i > 0) d = product(d, weights[i]);
   }
 
@@ -448,7 +462,7 @@ std::vector<Tensor> mlp_critic_pass(const Maybe& real, const Maybe& fake, const 
       const Tensor u = empty(last, {count, weights[i].size(0)}, dtype);
       linear(u, t, weights[i], Maybe());
       t = u;
-      call("gankern::mlp_critic_tangent", "", t, h[i + 1], bits[i], slopes[i], p[i], first, factor);
+      to_tangent(t, h[i + 1], bits[i], slopes[i], p[i], first, factor);
       if (!inside) t = rows_of(h[i + 1], first, count);
     }
   } else {
@@ -470,13 +484,12 @@ std::vector<Tensor> mlp_critic_pass(const Maybe& real, const Maybe& fake, const 
 
   // the fake samples: adjoints of their rows alone, one layer further
   if (wanted.back()) {
-    const Tensor head = empty(last, {n_fake, 1}, dtype);
-    copy_rows(head, 0, torch::stable::reshape(rows_of(slope, n_real, n_fake), {n_fake, 1}));
+    Tensor head = torch::stable::reshape(rows_of(slope, n_real, n_fake), {n_fake, 1});
+    if (dtype != sums) head = torch::stable::to(head, dtype);
     Tensor g = product(head, last);
     for (size_t i = adjoints.size(); i-- > 0;) {
       const Tensor kept = p[i] > 0.0 ? rows_of(bits[i], n_real, n_fake) : bits[i];
-      const int64_t bias_rows = 0;
-      take(call("gankern::mlp_critic_adjoint", "", g, rows_of(h[i + 1], n_real, n_fake), kept, slopes[i], p[i], bias_rows, Maybe())[0]);
+      adjoint_of(g, rows_of(h[i + 1], n_real, n_fake), kept, slopes[i], p[i], 0, Maybe());
       g = product(g, weights[i]);
     }
     results.push_back(g.scalar_type() == fake->scalar_type() ? g : torch::stable::to(g, fake->scalar_type()));
