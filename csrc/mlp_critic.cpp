@@ -24,6 +24,7 @@ constexpr const char* kTangent = "mlp_critic_tangent";
 constexpr const char* kSeed = "mlp_critic_seed";
 constexpr const char* kPass = "mlp_critic_pass";
 constexpr int64_t kGrain = 32768;  // elements a thread takes at least
+constexpr int64_t kSide = 16;      // of the blocks that `turn` takes
 
 // y = LeakyReLU(y + bias), n elements in place; no bias: null
 template <typename T>
@@ -105,6 +106,16 @@ GK_HD void seed_row(T* g, T* x, const acc_t<T>* factor, acc_t<T> c, int64_t n) {
   }
 }
 
+// A block of kSide x kSide elements, transposed
+template <typename T>
+GK_HD void turn_block_of(T* out, int64_t out_stride, const T* in, int64_t in_stride) {
+  T block[kSide][kSide];
+  for (int64_t n = 0; n < kSide; ++n)
+    for (int64_t m = 0; m < kSide; ++m) block[n][m] = in[n * in_stride + m];
+  for (int64_t m = 0; m < kSide; ++m)
+    for (int64_t n = 0; n < kSide; ++n) out[m * out_stride + n] = block[n][m];
+}
+
 // The instruction-set clones of the loops above (the attribute does not go on templates).
 #define GK_ROWS(T)                                                                                                                            \
   GK_CLONES void activate(T* y, const T* bias, int64_t n, acc_t<T> slope) { activate_row<T>(y, bias, n, slope); }                             \
@@ -117,6 +128,7 @@ GK_HD void seed_row(T* g, T* x, const acc_t<T>* factor, acc_t<T> c, int64_t n) {
     if (bits != nullptr) tangent_row<true, T>(t, y, bits, factor, n, slope, scale);                                                           \
     else tangent_row<false, T>(t, y, nullptr, factor, n, slope, scale);                                                                       \
   }                                                                                                                                           \
+  GK_CLONES void turn_block(T* out, int64_t out_stride, const T* in, int64_t in_stride) { turn_block_of<T>(out, out_stride, in, in_stride); } \
   GK_CLONES acc_t<T> squares(const T* g, int64_t n) { return squares_row<T>(g, n); }                                                          \
   GK_CLONES void seed(T* g, T* x, const acc_t<T>* factor, acc_t<T> c, int64_t n) { seed_row<T>(g, x, factor, c, n); }
 GK_ROWS(double)
@@ -253,7 +265,7 @@ Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
   return like.is_cpu() ? empty_on_cpu(sizes, dtype) : torch::stable::new_empty(like, sizes, dtype);
 }
 
-Tensor rows_of(Tensor t, int64_t first, int64_t count) { return torch::stable::narrow(t, 0, first, count); }
+Tensor rows_of(Tensor t, int64_t first, int64_t count) { return count == t.size(0) ? t : torch::stable::narrow(t, 0, first, count); }
 
 void copy_rows(const Tensor& into, int64_t first, const Tensor& from) {
   Tensor part = rows_of(into, first, from.size(0));
@@ -268,13 +280,54 @@ Tensor product(const Tensor& a, const Tensor& b) {
   return take(call("aten::mm", "out", a, b, out)[0]);
 }
 
-void linear(const Tensor& out, const Tensor& x, const Tensor& w, const Maybe& bias) {
+// The transpose of `in` [columns, rows] into `out` [rows, columns].
+template <typename T>
+void turn(T* out, const T* in, int64_t rows, int64_t columns) {
+  const int64_t strips = (columns + kSide - 1) / kSide;
+  torch::stable::parallel_for(0, strips, grain_for(kSide * rows), [&](int64_t begin, int64_t end) {
+    for (int64_t left = begin * kSide; left < std::min(columns, end * kSide); left += kSide)
+      for (int64_t top = 0; top < rows; top += kSide) {
+        if (top + kSide <= rows && left + kSide <= columns) {
+          turn_block(out + top * columns + left, columns, in + left * rows + top, rows);
+          continue;
+        }
+        for (int64_t m = top; m < std::min(rows, top + kSide); ++m)
+          for (int64_t n = left; n < std::min(columns, left + kSide); ++n) out[m * columns + n] = in[n * rows + m];
+      }
+  });
+}
+
+// For few rows and large weights the CPU makes (w xᵀ)ᵀ faster than x wᵀ. MKL, one thread, 784 -> 1024: 16 rows 221 us instead of 336, 64 rows 713
+// instead of 835, 128 rows 1344 instead of 1494. With what turning it over costs, the whole generator's pass of 784-1024-512-256-1: 16 rows 1.14 ms
+// instead of 1.44, 64 rows 3.08 instead of 3.22; beyond, nothing is gained.
+constexpr int64_t kFewRows = 64, kLargeWeights = 1 << 15;
+
+void linear(Tensor out, const Tensor& x, const Tensor& w, const Maybe& bias) {
+  if (!bias.has_value() && x.is_cpu() && x.element_size() > 2 && x.size(0) <= kFewRows && w.numel() >= kLargeWeights) {
+    const Tensor z = product(w, transposed(x));
+    dispatch_floating(kPass, x.scalar_type(), [&](auto zero) {
+      using T = decltype(zero);
+      turn(mutable_data<T>(out), data<T>(z), x.size(0), w.size(0));
+    });
+    return;
+  }
   take(bias.has_value() ? call("aten::linear", "out", x, w, bias, out)[0] : call("aten::mm", "out", x, transposed(w), out)[0]);
 }
 
 // share * real + (1 - share) * fake into `out`, for n rows each
 void between(const Tensor& out, const Tensor& real, const Tensor& fake, const Tensor& share) {
   take(call("aten::lerp", "Tensor_out", fake, real, share, out)[0]);
+}
+
+// The stages: on the CPU without the dispatcher, 3 us a call
+Tensor adjoint_of(const Tensor& d, const Tensor& y, const Tensor& bits, double slope, double p, int64_t bias_rows, const Maybe& factor) {
+  if (d.is_cpu()) return mlp_critic_adjoint(d, y, bits, slope, p, bias_rows, factor);
+  return take(call("gankern::mlp_critic_adjoint", "", d, y, bits, slope, p, bias_rows, factor)[0]);
+}
+
+void to_tangent(const Tensor& t, const Tensor& y, const Tensor& bits, double slope, double p, int64_t first, const Maybe& factor) {
+  if (t.is_cpu()) mlp_critic_tangent(t, y, bits, slope, p, first, factor);
+  else call("gankern::mlp_critic_tangent", "", t, y, bits, slope, p, first, factor);
 }
 
 // y = LeakyReLU(y + bias) in place, on the CPU
@@ -411,8 +464,11 @@ std::vector<Tensor> mlp_critic_pass(const Maybe& real, const Maybe& fake, const 
                     target_fake, targets_fake, mean, relative);
     adversarial = take(out[0]), stats = take(out[1]), slope = torch::stable::reshape(take(out[2]), {judged});
     take(out[3]);
-    seed = torch::stable::fill_(empty(last, {rows}, dtype), 1.0);
-    copy_rows(*seed, 0, slope);
+    const bool seeded = deep || wanted[static_cast<size_t>(hidden)];
+    if (seeded) {
+      seed = torch::stable::fill_(empty(last, {rows}, dtype), 1.0);
+      copy_rows(*seed, 0, slope);
+    }
     if (inside) {  // rows that are penalised too have the seed 1, and their slope as a factor
       torch::stable::fill_(rows_of(*seed, first, count), 1.0);
       factor = rows_of(slope, first, count);
@@ -433,7 +489,7 @@ std::vector<Tensor> mlp_critic_pass(const Maybe& real, const Maybe& fake, const 
     adjoints[i] = d;
     const bool summed = wanted[weights.size() + i];
     const int64_t bias_rows = summed ? judged : 0;
-    dbias[i] = take(call("gankern::mlp_critic_adjoint", "", d, h[i + 1], bits[i], slopes[i], p[i], bias_rows, summed ? row_factor : Maybe())[0]);
+    dbias[i] = adjoint_of(d, h[i + 1], bits[i], slopes[i], p[i], bias_rows, summed ? row_factor : Maybe());
     if (i > 0) d = product(d, weights[i]);
   }
 
@@ -448,7 +504,7 @@ std::vector<Tensor> mlp_critic_pass(const Maybe& real, const Maybe& fake, const 
       const Tensor u = empty(last, {count, weights[i].size(0)}, dtype);
       linear(u, t, weights[i], Maybe());
       t = u;
-      call("gankern::mlp_critic_tangent", "", t, h[i + 1], bits[i], slopes[i], p[i], first, factor);
+      to_tangent(t, h[i + 1], bits[i], slopes[i], p[i], first, factor);
       if (!inside) t = rows_of(h[i + 1], first, count);
     }
   } else {
@@ -470,13 +526,12 @@ std::vector<Tensor> mlp_critic_pass(const Maybe& real, const Maybe& fake, const 
 
   // the fake samples: adjoints of their rows alone, one layer further
   if (wanted.back()) {
-    const Tensor head = empty(last, {n_fake, 1}, dtype);
-    copy_rows(head, 0, torch::stable::reshape(rows_of(slope, n_real, n_fake), {n_fake, 1}));
+    Tensor head = torch::stable::reshape(rows_of(slope, n_real, n_fake), {n_fake, 1});
+    if (dtype != sums) head = torch::stable::to(head, dtype);
     Tensor g = product(head, last);
     for (size_t i = adjoints.size(); i-- > 0;) {
       const Tensor kept = p[i] > 0.0 ? rows_of(bits[i], n_real, n_fake) : bits[i];
-      const int64_t bias_rows = 0;
-      take(call("gankern::mlp_critic_adjoint", "", g, rows_of(h[i + 1], n_real, n_fake), kept, slopes[i], p[i], bias_rows, Maybe())[0]);
+      adjoint_of(g, rows_of(h[i + 1], n_real, n_fake), kept, slopes[i], p[i], 0, Maybe());
       g = product(g, weights[i]);
     }
     results.push_back(g.scalar_type() == fake->scalar_type() ? g : torch::stable::to(g, fake->scalar_type()));

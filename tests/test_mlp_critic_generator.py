@@ -176,6 +176,14 @@ def test_batches(backend: str, batch: int) -> None:
     assert out.value.isnan() == (batch == 0)
 
 
+@pytest.mark.parametrize("batch", [1, 16, 63, 64, 65])
+def test_large_weights(backend: str, batch: int) -> None:
+    """On the CPU few rows go through large weights in another order."""
+    weights, biases = make((200, 205, 170, 1))
+    fake = fakes(batch, 200)
+    assert_same(results(gankern.mlp_critic_generator(fake, weights, biases)), eager(fake, weights, biases, (0.2, 0.2)))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_and_infinity_show(backend: str, value: float) -> None:
     weights, biases = make(SIZES[3])

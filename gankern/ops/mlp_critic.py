@@ -328,7 +328,8 @@ def _choose(device: str) -> str:
 
     Eager PyTorch's time / its time in C++, one CPU thread, a WGAN-GP critic step with all gradients, by sizes and batch:
     784-1024-512-256-1 16 2.3, 64 2.0, 256 1.5; 784-256-1 4 2.7, 512 1.5; 64-64-1 4 2.3, 512 1.6; 2-8-1 4 2.1, 512 1.9. At batch 256
-    the products are 95 % of it. On CUDA not yet measured.
+    the products are 95 % of it. The generator's side of the first, against a frozen critic: 16 1.17, 64 1.08, 256 1.07. On CUDA
+    not yet measured.
     """
     return next((name for name in ("compiled", "triton") if not backend.problem(name, device)), "torch")
 
@@ -363,9 +364,13 @@ def _call(
         if generates and torch.compiler.is_compiling():
             parameters = [t if t is None else t.detach() for t in parameters]
         return MLPCriticLoss(_Critic.apply(job, code, *inputs, *seeds, *parameters), receivers, wanted, False)
-    with torch.no_grad():
+    enabled = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(False)  # as torch.no_grad(), at a fifth of its 3 us
+    try:
         outputs = _compute(job, autocast, inputs, seeds, weights, biases)
-    return MLPCriticLoss(outputs, receivers, wanted, torch.is_grad_enabled() and any(wanted))
+    finally:
+        torch._C._set_grad_enabled(enabled)
+    return MLPCriticLoss(outputs, receivers, wanted, enabled and any(wanted))
 
 
 # --- the pass --------------------------------------------------------------------------------------------------------------------
@@ -616,7 +621,13 @@ def _check_layers(op: str, argument: str, x: Any, weights: Any, biases: Any, slo
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     inputs = math.prod(x.shape[1:])
+    dtype, device = None if autocast else x.dtype, x.device
     for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        if _fits(w, dtype, device) and (b is None or _fits(b, dtype, device)):  # at a glance: a third of the time
+            size = w.shape
+            if len(size) == 2 and size[1] == inputs and (b is None or b.shape == size[:1]):
+                inputs = size[0]
+                continue
         checks.tensor(op, f"weights[{i}]", w)
         checks.dims(op, f"weights[{i}]", w, 2)
         if w.shape[1] != inputs:
@@ -644,6 +655,10 @@ def _check_layers(op: str, argument: str, x: Any, weights: Any, biases: Any, slo
         for v in values:
             checks.number(op, name, v, 0.0, high)
     return torch.get_autocast_dtype(kind) if autocast else None
+
+
+def _fits(t: Any, dtype: torch.dtype | None, device: torch.device) -> bool:
+    return isinstance(t, Tensor) and t.dtype == dtype and t.device == device
 
 
 def _check_penalty(op: str, weight: Any, target: Any, sided: Any) -> None:

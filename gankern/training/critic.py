@@ -86,8 +86,11 @@ class Autograd:
             out = self.loss.discriminator(self.net(real, *labels), self.net(fake, *labels))
         if not self.penalty:
             return out
+        net: nn.Module = self.net
+        if not labels and hasattr(net, "inputs"):  # a critic of packs has an input gradient for each pack
+            net, real, fake = net.layers, net.inputs(real), net.inputs(fake)  # type: ignore[assignment,operator]
         eps = draw_eps(real, self.rng) if self.penalty["sample"] == "line" else None
-        penalty = gradient_penalty(self.net, real, fake, cond=labels or None, eps=eps, generator=self.rng, **self.penalty)
+        penalty = gradient_penalty(net, real, fake, cond=labels or None, eps=eps, generator=self.rng, **self.penalty)
         return Penalised(out, penalty)
 
     def generator(self, fake: Tensor, real: Tensor, *labels: Tensor) -> Loss:
