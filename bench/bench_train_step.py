@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -78,10 +78,12 @@ BF16 = 5e-2  # bfloat16 keeps 8 bits: 4e-3 a rounding, through ten layers and th
 EXACT_BATCH = 2  # of convolutions in float64 on a CPU; and of the gate under --benchmark-disable
 
 
-def groups(settings: Settings) -> list[Group]:
-    on_gpu = settings.device.type == "cuda"
-    made: list[Group] = [TrainStep(settings, p, batch) for p in BATCHES for batch in batches(settings, p)]
-    return [*made, TrainStep(settings, "dcgan-64", 128, "bf16")] if on_gpu else made
+def groups(settings: Settings, presets: Sequence[str] = tuple(BATCHES), sizes: Sequence[int] = ()) -> list[Group]:
+    """All groups; or those of some presets, at these batch sizes instead of the usual ones."""
+    made: list[Group] = [TrainStep(settings, p, batch) for p in presets for batch in sizes or batches(settings, p)]
+    if settings.device.type == "cuda" and "dcgan-64" in presets and not sizes:
+        made.append(TrainStep(settings, "dcgan-64", 128, "bf16"))
+    return made
 
 
 def batches(settings: Settings, preset: str) -> tuple[int, ...]:
