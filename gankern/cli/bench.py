@@ -86,8 +86,8 @@ def _checkout(name: str) -> ModuleType:
     """A module of the package `bench` beside this package's folder."""
     if not (ROOT / "bench" / f"{name}.py").is_file():
         raise Refused(
-            "the benches must be beside the package, and an installed package has none: clone the repository, run `make build` there, "
-            "then .venv/bin/gankern bench"
+            "the benches must be beside the package, and an installed package has none: clone the repository, run `make build` "
+            "there, then .venv/bin/gankern bench"
         )
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
