@@ -103,9 +103,11 @@ def bench_train_step(row: Callable[[], None]) -> None:
 
 
 class TrainStep(Group):
+    """One preset at one batch size; `changes` are other settings of its TrainConfig."""
+
     memory = True
 
-    def __init__(self, settings: Settings, preset: str, batch: int, dtype: str = "fp32") -> None:
+    def __init__(self, settings: Settings, preset: str, batch: int, dtype: str = "fp32", **changes: Any) -> None:
         on_gpu = settings.device.type == "cuda"
         sizes = BATCHES[preset][on_gpu]
         usual = (batch == sizes[min(1, len(sizes) - 1)] and (on_gpu or not convolutional(preset))) or dtype == "bf16"
@@ -115,7 +117,7 @@ class TrainStep(Group):
         del self.work  # counted when it is first asked for
         self.preset, self.batch = preset, batch
         self.shape = SHAPES.get(preset, SHAPE)
-        self.config = dataclasses.replace(PRESETS[preset].config, batch_size=batch, ema=0.0, precision=dtype)
+        self.config = dataclasses.replace(PRESETS[preset].config, batch_size=batch, ema=0.0, precision=dtype, **changes)
         self.wanted: dict[tuple[int, bool], Outputs] = {}
 
     def context(self, rival: str) -> AbstractContextManager[Any]:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench import bench_train_step
 from bench.report import TRAIN_STEP
 from bench.support import Session, Settings, extra_info, machine, quartiles
@@ -47,23 +49,28 @@ def run(
 
 def as_json(session: Session) -> dict[str, Any]:
     """What pytest-benchmark's --benchmark-json has, so that bench.report and --benchmark-compare read it."""
-    now = datetime.datetime.now(datetime.timezone.utc)
+    return {
+        **circumstances(session.settings.device),
+        "version": "gankern bench",
+        "benchmarks": [benchmark(session, row) for row in session.rows],
+    }
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """Machine, commit and date, as pytest-benchmark notes them."""
     return {
         "machine_info": {
             "machine": platform.machine(),
             "system": platform.system(),
             "python_version": platform.python_version(),
             "cpu": {"brand_raw": cpu_name(), "count": os.cpu_count()},
-            "gankern": machine(session.settings.device),
+            "gankern": machine(device),
         },
         "commit_info": {
             "id": git("rev-parse", "HEAD") or "unknown",
             "dirty": bool(git("status", "--porcelain")),
-            "time": now.isoformat(),
         },
-        "datetime": now.isoformat(),
-        "version": "gankern bench",
-        "benchmarks": [benchmark(session, row) for row in session.rows],
+        "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
     }
 
 
