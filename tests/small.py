@@ -19,7 +19,7 @@ BATCH = {"ctgan-like": 20}
 
 def config(preset: str, **changes: Any) -> TrainConfig:
     base = PRESETS[preset].config
-    return dataclasses.replace(base, **{"batch_size": BATCH.get(preset, 6), "limit": 100, **WIDTHS, **changes})
+    return dataclasses.replace(base, **{"batch_size": BATCH.get(preset, 6), **WIDTHS, **changes})
 
 
 def images(settings: TrainConfig, count: int = 200) -> ImageData:

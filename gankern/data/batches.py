@@ -104,7 +104,7 @@ class Batches:
 
     @property
     def order(self) -> Tensor:
-        """The numbers of all images in the order of this epoch: int64 [N], where the data is. Each epoch has a tensor of its own."""
+        """The numbers of all images in this epoch's order: int64 [N], where the data is. Each epoch has a tensor of its own."""
         return self._order
 
     @property

@@ -106,6 +106,7 @@ class Graph(Eager):
         self.place = torch.zeros((), dtype=torch.int64, device=device)
         saved = {key: v.clone() if isinstance(v, Tensor) else v for key, v in trainer.state_dict().items()}
         self.replays: dict[int, tuple[Replay, dict[str, Tensor]]] = {}
+        self.out: dict[str, Tensor] = {}
         try:
             for count in {1, self.steps}:
                 graph = (capture or cuda_graph)(lambda count=count: self.body(count), self.rewind, trainer)  # type: ignore[misc]
@@ -240,7 +241,7 @@ def first_line(error: BaseException) -> str:
 
 
 class Reading(NamedTuple):
-    """The losses of step number `step`; and which was the first not to be finite so far, with its step, or ""."""
+    """The losses of step number `step` ({} if none has been made); which was the first not to be finite so far and when, or ""."""
 
     step: int
     values: dict[str, float]
@@ -283,7 +284,7 @@ class Losses:
             torch.minimum(self.first_bad, bad, out=self.first_bad)
 
     def request(self) -> Pending:
-        """Start the copy to the host of what is there now. At least one step must have been made."""
+        """Start the copy to the host of what is there now."""
         self._look()
         return Pending(self)
 
@@ -309,4 +310,4 @@ class Pending:
         if self.start < bad <= self.start + len(rows):
             pairs = zip(LOSSES, rows[bad - self.start - 1], strict=True)
             words = ", ".join(f"{k} is {v}" for k, v in pairs if not abs(v) < float("inf")) + f" at step {bad}"
-        return Reading(self.start + len(rows), dict(zip(LOSSES, rows[-1], strict=True)), words)
+        return Reading(self.start + len(rows), dict(zip(LOSSES, rows[-1], strict=True)) if rows else {}, words)
