@@ -22,19 +22,24 @@ def config(preset: str, **changes: Any) -> TrainConfig:
     return dataclasses.replace(base, **{"batch_size": BATCH.get(preset, 6), **WIDTHS, **changes})
 
 
+def shape(settings: TrainConfig) -> tuple[int, int, int]:
+    return (1, settings.size or 6, settings.size or 6)
+
+
+def classes(settings: TrainConfig) -> int:
+    return CLASSES if settings.arch in CONDITIONAL else 0
+
+
 def images(settings: TrainConfig, count: int = 200) -> ImageData:
     """Noise, and classes in turn."""
-    side = settings.size or 6
-    pixels = torch.randint(0, 256, (count, 1, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    labels = torch.arange(count) % CLASSES
-    return ImageData(pixels, labels, "noise", tuple(map(str, range(CLASSES))))
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, *shape(settings)), generator=generator, dtype=torch.uint8)
+    return ImageData(pixels, torch.arange(count) % CLASSES, "noise", tuple(map(str, range(CLASSES))))
 
 
 def trainer(settings: TrainConfig, device: torch.device | str = "cpu", **options: Any) -> Trainer:
     torch.manual_seed(settings.seed)
-    shape = (1, settings.size or 6, settings.size or 6)
-    networks = PRESETS["gan"].build(settings, shape, CLASSES if settings.arch in CONDITIONAL else 0)
-    return Trainer(*networks, settings, device, **options)
+    return Trainer(*PRESETS["gan"].build(settings, shape(settings), classes(settings)), settings, device, **options)
 
 
 def batches(settings: TrainConfig, device: torch.device | str = "cpu") -> Batches:

@@ -1,7 +1,8 @@
 """A whole step of each preset, operator by operator: nothing that waits for the device, depends on data or grows from step to step.
 
 What a CUDA graph could not hold is refused where it is called: numbers for the host, shapes that depend on data, tensors made from
-host data, copies from the host. It runs on the CPU, through the fused ops and through their definitions.
+host data, copies from the host. It runs on the CPU, through the fused ops and through their definitions, and on the meta device,
+where all branches but those for the CPU are taken. Not seen: what a GPU library or a launcher of Triton's does by itself.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gankern
+from gankern import backend
+from gankern.nn import _chain
 from gankern.training import PRESETS, Trainer
 from gankern.training.adam import Adam
 from gankern.training.graph import Graph
@@ -139,6 +142,78 @@ def test_every_penalty_can_be_captured(preset: str, penalty: str) -> None:
 @pytest.mark.parametrize("objective", ["wgan", "lsgan", "relativistic-hinge", "relativistic-average", "fgan-kl"])
 def test_other_objectives_can_be_captured(objective: str) -> None:
     walk("gan", objective=objective, clip_weights=0.5)
+
+
+# --- the branches of a GPU
+
+
+class OnDevice(Capturable):
+    """On the meta device, which has no values: a tensor of the host has no business in a step there, of whatever size."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "_fused_adam_" in str(func):  # has no meta kernel; changes its arguments only
+            self.names.append("_fused_adam_")
+            return None
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        for leaf in tree_leaves((args, kwargs, out)):
+            assert not isinstance(leaf, Tensor) or leaf.is_meta, f"{func} takes data from the host"
+        return out
+
+
+MLP, CONV = {"gan_loss", "linear_lrelu_act"}, {"gan_loss", "bias_lrelu", "bn_lrelu"}
+FUSED: dict[str, set[str]] = {
+    "gan": MLP | {"mlp_critic_pass"},
+    "cgan": MLP,
+    "wgan-gp": MLP | {"mlp_critic_pass"},
+    "sngan": CONV | {"spectral_norm"},
+    "dcgan-32": CONV,
+    "dcgan-64": CONV,
+    "ctgan-like": MLP | {"mlp_critic_pass", "bn_lrelu"},
+}
+
+
+class NoGenerator:
+    """There is none for the meta device, nor is one needed."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def manual_seed(self, _: int) -> None: ...
+
+
+def walk_on_meta(preset: str, monkeypatch: pytest.MonkeyPatch) -> OnDevice:
+    """One step with what is_cpu and device.type choose elsewhere than on the CPU, the C++ ops by their signatures."""
+    monkeypatch.setattr(backend, "compiled_problem", lambda device: "")
+    monkeypatch.setattr(_chain, "_fits", lambda pending: True)
+    settings = small.config(preset)
+    with torch.device("meta"):
+        networks = PRESETS[preset].build(settings, small.shape(settings), small.classes(settings))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "Generator", NoGenerator)
+        trainer = Trainer(*networks, settings, "meta", capturable=False)
+    trainer.clock = torch.zeros((), device="meta")
+    for optimizer in (trainer.opt_g, trainer.opt_d):  # as capturable=True leaves it: its checks would read the number
+        optimizer.param_groups[0]["lr"] = torch.zeros((), device="meta")
+    n = settings.batch_size * settings.n_critic
+    real = torch.empty(n, *small.shape(settings), device="meta")
+    labels = [torch.empty(n, dtype=torch.int64, device="meta")] if small.classes(settings) else []
+    mode = OnDevice()
+    with NoHost(), mode:
+        trainer.step(real, *labels)
+    return mode
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_step_can_be_captured_off_the_cpu(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert FUSED[preset] <= set(walk_on_meta(preset, monkeypatch).names)
+    with gankern.use_backend("reference"):
+        names = walk_on_meta(preset, monkeypatch).names
+    assert not any(hasattr(torch.ops.gankern, name) for name in names)
+
+
+def test_host_data_is_found_off_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant(monkeypatch, lambda opt: opt.count.mul_(torch.ones(())))
+    with pytest.raises(AssertionError, match="takes data from the host"):
+        walk_on_meta("gan", monkeypatch)
 
 
 # --- what the walk sees
