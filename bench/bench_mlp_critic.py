@@ -1,9 +1,13 @@
-"""mlp_critic against what plain PyTorch can do: the loss and every parameter gradient of a WGAN-GP critic, and the penalty alone.
+"""mlp_critic against what plain PyTorch can do: the loss and every parameter gradient of a WGAN-GP critic, the penalty alone, and
+the generator's side.
 
 "critic" is one WGAN-GP critic step without the optimiser. eager passes real, fake and x̂ one after the other; eager-tuned passes
 real and fake as one batch; compile is eager-tuned with the penalty by torch.func.grad, compiled as a whole; gankern-modules is
 eager with LinearLeakyReLU modules and `gankern.gradient_penalty`. All add the penalty last, as people write it: the order counts,
 by the memory that is freed and mapped again (batch 16: 14 % of eager). "penalty" is the penalty with its gradients.
+
+"generator" is the generator's loss through the critic (non-saturating) with its gradient at the fakes. eager has a critic whose
+parameters require gradients, and computes them; eager-tuned and compile have a frozen one.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.support import COMPILE, EAGER, Function, Group, OpGroup, Outputs, Settings, Work, assert_close, compiled, gankern_rivals
-from gankern import gradient_penalty, mlp_critic, mlp_critic_penalty
+from gankern import gradient_penalty, mlp_critic, mlp_critic_generator, mlp_critic_penalty
 from gankern.nn import LinearLeakyReLU
 
 SIZES = (784, 1024, 512, 256, 1)
@@ -30,7 +34,8 @@ SLOPE = 0.2
 
 def groups(settings: Settings) -> list[Group]:
     dtypes = ("fp32", "tf32", "bf16") if settings.device.type == "cuda" else ("fp32",)
-    return [Critic(settings, which, batch, dtype) for which in ("critic", "penalty") for dtype in dtypes for batch in BATCHES]
+    kinds: tuple[tuple[str, type[Critic]], ...] = (("critic", Critic), ("penalty", Critic), ("generator", Generator))
+    return [kind(settings, which, batch, dtype) for which, kind in kinds for dtype in dtypes for batch in BATCHES]
 
 
 def bench_mlp_critic(row: Callable[[], None]) -> None:
@@ -39,7 +44,8 @@ def bench_mlp_critic(row: Callable[[], None]) -> None:
 
 class Critic(OpGroup):
     def __init__(self, settings: Settings, which: str, batch: int, dtype: str) -> None:
-        rivals = [EAGER, *([TUNED] if which == "critic" else []), *gankern_rivals(settings.device), MODULES]
+        rivals = [EAGER, *([TUNED] if which != "penalty" else []), *gankern_rivals(settings.device)]
+        rivals += [MODULES] if which != "generator" else []
         if settings.all_rivals or batch == BATCHES[1]:
             rivals.insert(1, COMPILE)
         matrices = [a * b for a, b in itertools.pairwise(SIZES)]
@@ -51,6 +57,8 @@ class Critic(OpGroup):
         parameters = sum(matrices) + sum(SIZES[1:])
         element = 2 if dtype == "bf16" else 4
         work = Work(element * (2 * parameters + (2 if which == "critic" else 1) * batch * SIZES[0]), 2 * batch * products, batch)
+        if which == "generator":
+            work = Work(element * (parameters + 2 * batch * SIZES[0]), 4 * batch * sum(matrices), batch)
         super().__init__(f"{which} {dtype} {batch}", rivals, work, dtype, settings.device)
         self.which, self.batch = which, batch
 
@@ -105,6 +113,31 @@ class Critic(OpGroup):
             out = mlp_critic(real, fake, weights, biases, SLOPE, objective="wgan", penalty_weight=10.0, eps=eps)
         else:
             out = mlp_critic_penalty(torch.lerp(fake, real, eps), weights, biases, SLOPE)
+        return {"loss": out.value, "grads": [g for g in out.grads if g is not None]}
+
+
+class Generator(Critic):
+    def function(self, rival: str) -> Function:
+        if rival.startswith("gankern"):
+            return self.ours
+
+        def step(fake: Tensor, parameters: list[Tensor]) -> Tensor:
+            scores = critic(parameters, fake)
+            return F.binary_cross_entropy_with_logits(scores, torch.ones_like(scores))
+
+        call = compiled(step) if rival == COMPILE else step
+
+        def run(_: Tensor, fake: Tensor, __: Tensor, *parameters: Tensor) -> Outputs:
+            fake = fake.detach().requires_grad_()
+            given = list(parameters) if rival == EAGER else [p.detach() for p in parameters]
+            loss = call(fake, given)
+            grads = torch.autograd.grad(loss, [fake, *given] if rival == EAGER else [fake])
+            return {"loss": loss, "grads": grads[0]}
+
+        return run
+
+    def ours(self, _: Tensor, fake: Tensor, __: Tensor, *parameters: Tensor) -> Outputs:
+        out = mlp_critic_generator(fake.detach().requires_grad_(), parameters[:LAYERS], parameters[LAYERS:], SLOPE)
         return {"loss": out.value, "grads": [g for g in out.grads if g is not None]}
 
 

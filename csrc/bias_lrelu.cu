@@ -1,7 +1,7 @@
 // LeakyReLU of a channel bias, on CUDA: forward, and its gradient with the bias sum. The contracts stand in gankern/ops/bias_lrelu.py.
 // Memory is [outer, channels, inner]: samples, channels and pixels, or with inner == 1 pixels and channels (channels-last, matrices).
 // A group is eight consecutive elements, one thread's work.
-#include "launch.h"
+#include "columns.h"
 
 #ifndef GK_SIM
 #include "bias_lrelu.h"
@@ -12,13 +12,6 @@ namespace {
 
 constexpr int kThreads = 128;         // elementwise kernels
 constexpr int kPlaneThreads = 256;    // a block that sums a channel of planes
-constexpr int kStrip = 32;            // columns a block sums where the channels are innermost: 4 groups
-constexpr int kStripThreads = 512;    // 128 rows at a time
-constexpr int kStripRows = kStripThreads / (kStrip / 8);
-constexpr std::int64_t kOnePass = 512;  // rows, or groups of a channel, that one block may walk before it pays to split them and launch twice
-constexpr std::int64_t kSplit = 256, kSplitBlocks = 264;
-
-__device__ __forceinline__ int elements_left(std::int64_t end, std::int64_t at) { return static_cast<int>(end - at < 8 ? end - at : 8); }
 
 // a / b, in 32 bits where both fit: several times as fast
 __device__ __forceinline__ std::int64_t quotient(std::int64_t a, std::int64_t b) {
@@ -111,50 +104,17 @@ __global__ void __launch_bounds__(kPlaneThreads)
   }
 }
 
-// The same of rows [rows, columns], whose columns are the channels. Block (x, y) takes columns [32 x, 32 x + 32) of the y-th share of the rows.
+// The same of rows [rows, columns], whose columns are the channels.
 template <typename T, bool kVector>
 __global__ void __launch_bounds__(kStripThreads)
     grad_rows_kernel(const T* __restrict__ dy, const T* __restrict__ y, T* __restrict__ dx, T* __restrict__ dbias, sum_t<T>* __restrict__ partials,
                      std::int64_t rows, std::int64_t columns, sum_t<T> slope) {
   using A = sum_t<T>;
-  constexpr int kLanes = kStrip / 8, kWarps = kStripThreads / 32;
-  GK_SHARED(A, partial, [kWarps][kStrip]);
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kStrip, column = first + thread % kLanes * 8;
-  const std::int64_t share = (rows + gridDim.y - 1) / gridDim.y, begin = blockIdx.y * share;
-  const std::int64_t end = begin + share < rows ? begin + share : rows;
-  const int count = elements_left(columns, column);
-  A sum[8] = {};
-  if (count > 0) {
-    for (std::int64_t row = begin + thread / kLanes; row < end; row += kStripRows) {
-      const std::int64_t at = row * columns + column;
-      A d[8];
-      grad_group<kVector>(dy + at, y + at, dx + at, count, slope, d);
-      for (int k = 0; k < 8; ++k) sum[k] += d[k];
-    }
-  }
-  for (int offset = 16; offset >= kLanes; offset /= 2)  // lanes that are a multiple of kLanes apart hold the same columns
-    for (int k = 0; k < 8; ++k) sum[k] += __shfl_xor_sync(kAllLanes, sum[k], offset);
-  if (lane < kLanes)
-    for (int k = 0; k < 8; ++k) partial[warp][lane * 8 + k] = sum[k];
-  __syncthreads();
-  if (thread < kStrip && first + thread < columns) {
-    A total = 0;
-    for (int w = 0; w < kWarps; ++w) total += partial[w][thread];
-    if (gridDim.y == 1) dbias[first + thread] = static_cast<T>(total);
-    else partials[blockIdx.y * columns + first + thread] = total;
-  }
-}
-
-// dbias = the sum of partials [shares, channels] over the shares
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    sum_shares_kernel(const sum_t<T>* __restrict__ partials, T* __restrict__ dbias, std::int64_t shares, std::int64_t channels) {
-  for (std::int64_t c = grid_thread(); c < channels; c += grid_stride()) {
-    sum_t<T> total = 0;
-    for (std::int64_t s = 0; s < shares; ++s) total += partials[s * channels + c];
-    dbias[c] = static_cast<T>(total);
-  }
+  sum_strip(dbias, partials, rows, columns, [=](std::int64_t, std::int64_t, std::int64_t at, int count, A(&sum)[8]) {
+    A d[8];
+    grad_group<kVector>(dy + at, y + at, dx + at, count, slope, d);
+    for (int k = 0; k < 8; ++k) sum[k] += d[k];
+  });
 }
 
 // --- launchers over raw pointers -----------------------------------------------------------------------------------------------
@@ -168,12 +128,9 @@ void launch_act(const T* x, const T* bias, T* y, std::int64_t outer, std::int64_
   else GK_LAUNCH((act_kernel<T, false>), blocks, kThreads, stream, x, bias, y, total, channels, inner, s);
 }
 
-// Into how many shares the bias gradient of a channel is split: 1, one launch, unless there are too few channels to fill the device.
+// Into how many shares the bias gradient of a channel is split.
 inline std::int64_t bias_shares(std::int64_t outer, std::int64_t channels, std::int64_t inner) {
-  const std::int64_t work = inner == 1 ? outer : outer * ceil_div(inner, 8), blocks = inner == 1 ? ceil_div(channels, kStrip) : channels;
-  if (work <= kOnePass || blocks == 0) return 1;
-  const std::int64_t by_blocks = ceil_div(kSplitBlocks, blocks), by_work = ceil_div(work, kSplit);
-  return by_blocks < by_work ? by_blocks : by_work;
+  return inner == 1 ? strip_shares(outer, channels) : shares_of(outer * ceil_div(inner, 8), channels);
 }
 
 // dbias null: not wanted. partials [shares, channels] is used when there is more than one share.
@@ -192,7 +149,7 @@ void launch_grad(const T* dy, const T* y, T* dx, T* dbias, sum_t<T>* partials, s
   }
   const std::int64_t shares = bias_shares(outer, channels, inner);
   if (inner == 1) {
-    const dim3 grid(static_cast<unsigned>(ceil_div(channels, kStrip)), static_cast<unsigned>(shares));
+    const dim3 grid = strip_grid(channels, shares);
     if (aligned && channels % 8 == 0)
       GK_LAUNCH((grad_rows_kernel<T, true>), grid, kStripThreads, stream, dy, y, dx, dbias, partials, outer, channels, s);
     else GK_LAUNCH((grad_rows_kernel<T, false>), grid, kStripThreads, stream, dy, y, dx, dbias, partials, outer, channels, s);

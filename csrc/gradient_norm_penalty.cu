@@ -10,10 +10,6 @@ constexpr int kFinishThreads = 512;
 constexpr std::int64_t kShare = 2048;    // elements that a warp sums, 8 loads of 8 a lane, unless the sample has more than kMaxShares of them
 constexpr std::int64_t kMaxShares = 64;
 
-__device__ __forceinline__ int elements_left(std::int64_t end, std::int64_t at) {
-  return end - at < 8 ? static_cast<int>(end - at) : 8;
-}
-
 // sums [rows, shares]: of the squares of `length` consecutive elements of a sample, length being a multiple of 8
 template <typename T, bool kVector>
 __global__ void __launch_bounds__(kThreads)

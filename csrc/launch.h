@@ -97,6 +97,9 @@ __device__ __forceinline__ void warp_sum(A (&v)[K]) {
     for (int k = 0; k < K; ++k) v[k] += __shfl_down_sync(kAllLanes, v[k], offset);
 }
 
+// How many of eight elements from `at` on exist.
+__device__ __forceinline__ int elements_left(std::int64_t end, std::int64_t at) { return static_cast<int>(end - at < 8 ? end - at : 8); }
+
 // K sums over a one-dimensional block of whole warps; thread 0 gets them. Once a kernel: the shared memory is not guarded for reuse.
 template <int K, typename A>
 __device__ __forceinline__ void block_sum(A (&v)[K]) {

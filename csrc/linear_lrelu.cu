@@ -1,22 +1,13 @@
 // linear_lrelu around the matrix product, on CUDA: bias + LeakyReLU + dropout forward, and its gradient with the bias sum.
 // The contracts stand in gankern/ops/linear_lrelu.py. A matrix is [rows, columns]; a group is eight consecutive elements of a row
 // (fewer at its end): one thread's work, one Philox call and one byte of the dropout mask, group i of the matrix having counter i.
-#include "launch.h"
+#include "columns.h"
 #include "philox.h"
 
 namespace gankern {
 namespace {
 
-constexpr int kThreads = 128;          // elementwise kernels
-constexpr int kStrip = 32;             // columns a block of the bias-gradient kernel sums: 4 groups, 128 bytes of a float row
-constexpr int kStripThreads = 512;     // 128 rows at a time
-constexpr int kStripRows = kStripThreads / (kStrip / 8);
-constexpr std::int64_t kOnePass = 512;  // rows that one block of that kernel may walk before it pays to split them and launch twice
-constexpr std::int64_t kSplitRows = 256, kSplitBlocks = 264;
-
-__device__ __forceinline__ int elements_left(std::int64_t columns, std::int64_t column) {
-  return static_cast<int>(columns - column < 8 ? columns - column : 8);
-}
+constexpr int kThreads = 128;  // elementwise kernels
 
 // d = dy * keep * LeakyReLU'(y) for one group; byte: its dropout bits
 template <typename A>
@@ -72,56 +63,22 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The same, and the column sums of dz before rounding. Block (x, y) takes columns [32 x, 32 x + 32) of the y-th share of the rows. With one
-// share the sums go to dbias [columns], else to partials [shares, columns].
+// The same, and the column sums of dz before rounding.
 template <typename T, bool kVector>
 __global__ void __launch_bounds__(kStripThreads)
     grad_bias_kernel(const T* __restrict__ dy, const T* __restrict__ y, const std::uint8_t* __restrict__ bits, T* __restrict__ dz,
                      T* __restrict__ dbias, sum_t<T>* __restrict__ partials, std::int64_t rows, std::int64_t columns, sum_t<T> scale,
                      sum_t<T> slope) {
   using A = sum_t<T>;
-  constexpr int kLanes = kStrip / 8, kWarps = kStripThreads / 32;
-  GK_SHARED(A, partial, [kWarps][kStrip]);
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const std::int64_t groups = (columns + 7) / 8, first = static_cast<std::int64_t>(blockIdx.x) * kStrip;
-  const std::int64_t share = (rows + gridDim.y - 1) / gridDim.y, begin = blockIdx.y * share;
-  const std::int64_t end = begin + share < rows ? begin + share : rows;
-  const std::int64_t column = first + thread % kLanes * 8;
-  const int count = elements_left(columns, column);
-  A sum[8] = {};
-  if (count > 0) {
-    for (std::int64_t row = begin + thread / kLanes; row < end; row += kStripRows) {
-      const std::int64_t at = row * columns + column;
-      A dv[8], yv[8], d[8];
-      load8<kVector>(dy + at, count, dv);
-      load8<kVector>(y + at, count, yv);
-      grad8(dv, yv, bits != nullptr ? bits[row * groups + column / 8] : 0xFFu, slope, scale, d);
-      store8<kVector>(dz + at, count, d);
-      for (int k = 0; k < 8; ++k) sum[k] += d[k];
-    }
-  }
-  for (int offset = 16; offset >= kLanes; offset /= 2)  // lanes that are a multiple of kLanes apart hold the same columns
-    for (int k = 0; k < 8; ++k) sum[k] += __shfl_xor_sync(kAllLanes, sum[k], offset);
-  if (lane < kLanes)
-    for (int k = 0; k < 8; ++k) partial[warp][lane * 8 + k] = sum[k];
-  __syncthreads();
-  if (thread < kStrip && first + thread < columns) {
-    A total = 0;
-    for (int w = 0; w < kWarps; ++w) total += partial[w][thread];
-    if (gridDim.y == 1) dbias[first + thread] = static_cast<T>(total);
-    else partials[blockIdx.y * columns + first + thread] = total;
-  }
-}
-
-// dbias = the sum of partials [shares, columns] over the shares
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    sum_shares_kernel(const sum_t<T>* __restrict__ partials, T* __restrict__ dbias, std::int64_t shares, std::int64_t columns) {
-  for (std::int64_t n = grid_thread(); n < columns; n += grid_stride()) {
-    sum_t<T> total = 0;
-    for (std::int64_t s = 0; s < shares; ++s) total += partials[s * columns + n];
-    dbias[n] = static_cast<T>(total);
-  }
+  const std::int64_t groups = (columns + 7) / 8;
+  sum_strip(dbias, partials, rows, columns, [=](std::int64_t row, std::int64_t column, std::int64_t at, int count, A(&sum)[8]) {
+    A dv[8], yv[8], d[8];
+    load8<kVector>(dy + at, count, dv);
+    load8<kVector>(y + at, count, yv);
+    grad8(dv, yv, bits != nullptr ? bits[row * groups + column / 8] : 0xFFu, slope, scale, d);
+    store8<kVector>(dz + at, count, d);
+    for (int k = 0; k < 8; ++k) sum[k] += d[k];
+  });
 }
 
 // --- launchers over raw pointers -----------------------------------------------------------------------------------------------
@@ -140,14 +97,7 @@ void launch_act(const T* z, const T* bias, T* y, std::uint8_t* bits, const std::
   else GK_LAUNCH((act_kernel<T, false, false>), blocks, kThreads, stream, z, bias, y, bits, seed, rows, columns, threshold, scale, s);
 }
 
-// Into how many shares of the rows the bias gradient is split: 1, one launch, unless there are too few strips of columns to fill the device.
-inline std::int64_t bias_shares(std::int64_t rows, std::int64_t columns) {
-  if (rows <= kOnePass || columns == 0) return 1;
-  const std::int64_t by_blocks = ceil_div(kSplitBlocks, ceil_div(columns, kStrip)), by_rows = ceil_div(rows, kSplitRows);
-  return by_blocks < by_rows ? by_blocks : by_rows;
-}
-
-// dbias null: not wanted. partials [shares, columns] is used when bias_shares(rows, columns) > 1.
+// dbias null: not wanted. partials [shares, columns] is used when strip_shares(rows, columns) > 1.
 template <typename T>
 void launch_act_grad(const T* dy, const T* y, const std::uint8_t* bits, T* dz, T* dbias, sum_t<T>* partials, std::int64_t rows, std::int64_t columns,
                      double slope, double p, cudaStream_t stream) {
@@ -161,8 +111,8 @@ void launch_act_grad(const T* dy, const T* y, const std::uint8_t* bits, T* dz, T
     else GK_LAUNCH((grad_kernel<T, false>), blocks, kThreads, stream, dy, y, bits, dz, rows, columns, scale, s);
     return;
   }
-  const std::int64_t shares = bias_shares(rows, columns);
-  const dim3 grid(static_cast<unsigned>(ceil_div(columns, kStrip)), static_cast<unsigned>(shares));
+  const std::int64_t shares = strip_shares(rows, columns);
+  const dim3 grid = strip_grid(columns, shares);
   if (vector) GK_LAUNCH((grad_bias_kernel<T, true>), grid, kStripThreads, stream, dy, y, bits, dz, dbias, partials, rows, columns, scale, s);
   else GK_LAUNCH((grad_bias_kernel<T, false>), grid, kStripThreads, stream, dy, y, bits, dz, dbias, partials, rows, columns, scale, s);
   if (shares > 1) GK_LAUNCH(sum_shares_kernel<T>, grid_for(columns, kThreads), kThreads, stream, partials, dbias, shares, columns);
@@ -218,7 +168,7 @@ std::tuple<Tensor, Tensor> linear_lrelu_act_grad(const Tensor& dy, const Tensor&
   }
   const torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
   Tensor dz = torch::stable::empty_like(dy), dbias = torch::stable::new_empty(dy, {with_bias ? columns : 0});
-  const std::int64_t shares = with_bias ? bias_shares(rows, columns) : 1;
+  const std::int64_t shares = with_bias ? strip_shares(rows, columns) : 1;
   std::optional<Tensor> partials;
   if (shares > 1) partials = torch::stable::new_empty(dy, {shares, columns}, accumulate_dtype(dy.scalar_type()));
   dispatch_floating(kGrad, dy.scalar_type(), [&, rows = rows, columns = columns](auto zero) {

@@ -1,22 +1,13 @@
 // mlp_critic's elementwise stages on CUDA, in place: adjoint mask with bias sums, tangent mask, seed of the penalty's tangents.
 // The contracts stand in gankern/ops/mlp_critic.py. A group is eight consecutive elements of a row (fewer at its end): one thread's
 // work, and one byte of the dropout mask.
-#include "launch.h"
+#include "columns.h"
 #include "philox.h"
 
 namespace gankern {
 namespace {
 
-constexpr int kThreads = 128;        // elementwise kernels, and one row of the seed kernel
-constexpr int kStrip = 32;           // columns a block of the adjoint kernel takes: 4 groups, 128 bytes of a float row
-constexpr int kStripThreads = 512;   // 128 rows at a time
-constexpr int kStripRows = kStripThreads / (kStrip / 8);
-constexpr std::int64_t kOnePass = 512;  // rows that one block of that kernel may walk before it pays to split them and launch twice
-constexpr std::int64_t kSplitRows = 256, kSplitBlocks = 264;
-
-__device__ __forceinline__ int elements_left(std::int64_t columns, std::int64_t column) {
-  return static_cast<int>(columns - column < 8 ? columns - column : 8);
-}
+constexpr int kThreads = 128;  // elementwise kernels, and one row of the seed kernel
 
 // v = d * keep * LeakyReLU'(y) for one group; byte: its dropout bits
 template <typename A>
@@ -24,59 +15,25 @@ __device__ __forceinline__ void masked8(const A (&d)[8], const A (&y)[8], unsign
   for (int k = 0; k < 8; ++k) v[k] = d[k] * ((byte >> k & 1u) != 0 ? scale : A(0)) * lrelu_slope(y[k], slope);
 }
 
-// d = m * d, and the column sums of factor * d over the first bias_rows rows, before rounding. Block (x, y) takes columns [32 x, 32 x + 32)
-// of the y-th share of the rows. With one share the sums go to dbias [columns], else to partials [shares, columns].
+// d = m * d, and the column sums of factor * d over the first bias_rows rows, before rounding.
 template <typename T, bool kVector>
 __global__ void __launch_bounds__(kStripThreads)
     adjoint_kernel(T* __restrict__ d, const T* __restrict__ y, const std::uint8_t* __restrict__ bits, const sum_t<T>* __restrict__ factor,
                    T* __restrict__ dbias, sum_t<T>* __restrict__ partials, std::int64_t rows, std::int64_t columns, std::int64_t bias_rows,
                    sum_t<T> scale, sum_t<T> slope) {
   using A = sum_t<T>;
-  constexpr int kLanes = kStrip / 8, kWarps = kStripThreads / 32;
-  GK_SHARED(A, partial, [kWarps][kStrip]);
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const std::int64_t groups = (columns + 7) / 8, first = static_cast<std::int64_t>(blockIdx.x) * kStrip;
-  const std::int64_t share = (rows + gridDim.y - 1) / gridDim.y, begin = blockIdx.y * share;
-  const std::int64_t end = begin + share < rows ? begin + share : rows;
-  const std::int64_t column = first + thread % kLanes * 8;
-  const int count = elements_left(columns, column);
-  A sum[8] = {};
-  if (count > 0) {
-    for (std::int64_t row = begin + thread / kLanes; row < end; row += kStripRows) {
-      const std::int64_t at = row * columns + column;
-      A dv[8], yv[8], v[8];
-      load8<kVector>(d + at, count, dv);
-      load8<kVector>(y + at, count, yv);
-      masked8(dv, yv, bits != nullptr ? bits[row * groups + column / 8] : 0xFFu, slope, scale, v);
-      store8<kVector>(d + at, count, v);
-      if (row < bias_rows) {
-        const A f = factor != nullptr ? factor[row] : A(1);
-        for (int k = 0; k < 8; ++k) sum[k] += f * v[k];
-      }
+  const std::int64_t groups = (columns + 7) / 8;
+  sum_strip(dbias, partials, rows, columns, [=](std::int64_t row, std::int64_t column, std::int64_t at, int count, A(&sum)[8]) {
+    A dv[8], yv[8], v[8];
+    load8<kVector>(d + at, count, dv);
+    load8<kVector>(y + at, count, yv);
+    masked8(dv, yv, bits != nullptr ? bits[row * groups + column / 8] : 0xFFu, slope, scale, v);
+    store8<kVector>(d + at, count, v);
+    if (row < bias_rows) {
+      const A f = factor != nullptr ? factor[row] : A(1);
+      for (int k = 0; k < 8; ++k) sum[k] += f * v[k];
     }
-  }
-  for (int offset = 16; offset >= kLanes; offset /= 2)  // lanes that are a multiple of kLanes apart hold the same columns
-    for (int k = 0; k < 8; ++k) sum[k] += __shfl_xor_sync(kAllLanes, sum[k], offset);
-  if (lane < kLanes)
-    for (int k = 0; k < 8; ++k) partial[warp][lane * 8 + k] = sum[k];
-  __syncthreads();
-  if (thread < kStrip && first + thread < columns) {
-    A total = 0;
-    for (int w = 0; w < kWarps; ++w) total += partial[w][thread];
-    if (gridDim.y == 1) dbias[first + thread] = static_cast<T>(total);
-    else partials[blockIdx.y * columns + first + thread] = total;
-  }
-}
-
-// dbias = the sum of partials [shares, columns] over the shares
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    sum_shares_kernel(const sum_t<T>* __restrict__ partials, T* __restrict__ dbias, std::int64_t shares, std::int64_t columns) {
-  for (std::int64_t n = grid_thread(); n < columns; n += grid_stride()) {
-    sum_t<T> total = 0;
-    for (std::int64_t s = 0; s < shares; ++s) total += partials[s * columns + n];
-    dbias[n] = static_cast<T>(total);
-  }
+  });
 }
 
 // y = m * t; with a factor t = m * t, y = factor * y + t. y and bits begin with the first row concerned.
@@ -150,14 +107,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // --- launchers over raw pointers -----------------------------------------------------------------------------------------------
-// Into how many shares of the rows the adjoint is split: 1, one launch, unless there are too few strips of columns to fill the device.
-inline std::int64_t adjoint_shares(std::int64_t rows, std::int64_t columns) {
-  if (rows <= kOnePass || columns == 0) return 1;
-  const std::int64_t by_blocks = ceil_div(kSplitBlocks, ceil_div(columns, kStrip)), by_rows = ceil_div(rows, kSplitRows);
-  return by_blocks < by_rows ? by_blocks : by_rows;
-}
-
-// partials [shares, columns] is used when adjoint_shares(rows, columns) > 1.
+// partials [shares, columns] is used when strip_shares(rows, columns) > 1.
 template <typename T>
 void launch_adjoint(T* d, const T* y, const std::uint8_t* bits, const sum_t<T>* factor, T* dbias, sum_t<T>* partials, std::int64_t rows,
                     std::int64_t columns, std::int64_t bias_rows, double slope, double p, cudaStream_t stream) {
@@ -165,8 +115,8 @@ void launch_adjoint(T* d, const T* y, const std::uint8_t* bits, const sum_t<T>* 
   if (columns == 0) return;
   const bool vector = columns % 8 == 0 && aligned16(d) && aligned16(y);
   const A scale = static_cast<A>(dropout_scale(p)), s = static_cast<A>(slope);
-  const std::int64_t shares = adjoint_shares(rows, columns);
-  const dim3 grid(static_cast<unsigned>(ceil_div(columns, kStrip)), static_cast<unsigned>(shares));
+  const std::int64_t shares = strip_shares(rows, columns);
+  const dim3 grid = strip_grid(columns, shares);
   if (vector) GK_LAUNCH((adjoint_kernel<T, true>), grid, kStripThreads, stream, d, y, bits, factor, dbias, partials, rows, columns, bias_rows, scale, s);
   else GK_LAUNCH((adjoint_kernel<T, false>), grid, kStripThreads, stream, d, y, bits, factor, dbias, partials, rows, columns, bias_rows, scale, s);
   if (shares > 1) GK_LAUNCH(sum_shares_kernel<T>, grid_for(columns, kThreads), kThreads, stream, partials, dbias, shares, columns);
@@ -239,7 +189,7 @@ Tensor mlp_critic_adjoint(Tensor d, const Tensor& y, const Tensor& bits, double 
   const std::uint8_t* mask = bits_of(kAdjoint, bits, p, d, rows, columns);
   const torch::stable::accelerator::DeviceGuard guard(d.get_device_index());
   Tensor dbias = torch::stable::new_empty(d, {columns});
-  const std::int64_t shares = adjoint_shares(rows, columns);
+  const std::int64_t shares = strip_shares(rows, columns);
   std::optional<Tensor> partials;
   if (shares > 1) partials = torch::stable::new_empty(d, {shares, columns}, accumulate_dtype(d.scalar_type()));
   dispatch_floating(kAdjoint, d.scalar_type(), [&](auto zero) {

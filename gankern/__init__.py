@@ -9,7 +9,7 @@ from gankern.ops.gan_loss import GanLoss, gan_loss
 from gankern.ops.gradient_norm_penalty import NormPenalty, gradient_norm_penalty
 from gankern.ops.interpolate import interpolate
 from gankern.ops.linear_lrelu import linear_lrelu
-from gankern.ops.mlp_critic import MLPCriticLoss, mlp_critic, mlp_critic_penalty
+from gankern.ops.mlp_critic import MLPCriticLoss, mlp_critic, mlp_critic_generator, mlp_critic_penalty
 from gankern.ops.pairwise import minibatch_distance, minibatch_features, mmd2, pulling_away
 from gankern.regularizers import gradient_penalty
 
@@ -32,6 +32,7 @@ __all__ = [
     "minibatch_distance",
     "minibatch_features",
     "mlp_critic",
+    "mlp_critic_generator",
     "mlp_critic_penalty",
     "mmd2",
     "nn",

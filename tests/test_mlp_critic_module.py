@@ -56,6 +56,24 @@ def test_a_plain_critic_has_the_gradients_of_autograd(backend: str) -> None:
     assert torch.equal(ours.penalty(x).value, gankern.mlp_critic_penalty(x, *mlp_layers(critic)).value)
 
 
+def test_a_module_that_occurs_twice_counts_twice() -> None:
+    """Modules without a state are often shared; nn.Module.named_children names each but once."""
+    torch.manual_seed(0)
+    activation, square = nn.LeakyReLU(0.2), nn.Linear(12, 12)
+    critic = nn.Sequential(square, activation, square, activation, nn.Linear(12, 1)).to(DEVICE, torch.float64)
+    assert mlp_layers(critic).slopes == [0.2, 0.2]
+    real, fake, eps = randn(6, 12, seed=1), randn(6, 12, seed=2), randn(6, 1, seed=3).sigmoid()
+    want = wgan_gp(critic, real, fake, eps)
+    grads = torch.autograd.grad(want, list(critic.parameters()))
+    ours = MLPCritic(critic)
+    assert len(ours) == 5
+    out = ours.critic_loss(real, fake, penalty_weight=10.0, eps=eps)
+    torch.testing.assert_close(out.loss, want)
+    out.backward()
+    for p, g in zip(critic.parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-11, atol=1e-13)
+
+
 def test_training_with_the_one_pass_is_training_with_autograd(backend: str) -> None:
     losses = []
     for one_pass in (False, True):

@@ -112,6 +112,10 @@ def test_conversion_keeps_the_activation() -> None:
     got = gankern.nn.SyncBatchNormLeakyReLU.convert_sync_batchnorm(net)
     assert [type(got[0]), type(got[1][0])] == [gankern.nn.SyncBatchNormLeakyReLU, nn.SyncBatchNorm]
     torch.testing.assert_close(got(x), want(x))
+    shared = gankern.nn.BatchNormLeakyReLU2d(3)
+    twice = gankern.nn.SyncBatchNormLeakyReLU.convert_sync_batchnorm(nn.Sequential(shared, shared))
+    assert isinstance(twice[1], gankern.nn.SyncBatchNormLeakyReLU)
+    assert twice[0] is twice[1]
 
 
 # --- two processes --------------------------------------------------------------------------------------------------------------

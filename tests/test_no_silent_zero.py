@@ -382,6 +382,10 @@ FORWARD: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {  # f
     ),
     "mlp_critic": (mlp_problem(lambda r, f, w, b: gankern.mlp_critic(r, f, w, b).loss), [(5, 3), (1, 5), (4, 3), (4, 3)]),
     "mlp_critic_penalty": (mlp_problem(lambda x, w, b: gankern.mlp_critic_penalty(x, w, b).loss), [(5, 3), (1, 5), (4, 3)]),
+    "mlp_critic_generator": (
+        lambda f: gankern.mlp_critic_generator(f, [randn(5, 3, seed=7), randn(1, 5, seed=8)], [None, None]).loss,
+        [(4, 3)],
+    ),
     "minibatch_features": (gankern.minibatch_features, [(4, 3, 2)]),
     "minibatch_distance": (gankern.minibatch_distance, [(4, 3)]),
     "mmd2": (gankern.mmd2, [(4, 3), (5, 3)]),

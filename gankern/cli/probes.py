@@ -77,7 +77,8 @@ def _mlp_critic(device: torch.device) -> list[Tensor]:
     weights, biases = _critic(device)
     real, eps = _ramp(8, 12, device=device).detach(), torch.linspace(0.0, 1.0, 8, device=device)
     out = gankern.mlp_critic(real, real.sin(), weights, biases, penalty_weight=10.0, eps=eps)
-    return [out.value, *(g for g in out.grads if g is not None)]
+    side = gankern.mlp_critic_generator(real.sin().requires_grad_(), weights, biases)
+    return [out.value, side.value, *(g for g in (*out.grads, *side.grads) if g is not None)]
 
 
 def _spectral_norm(device: torch.device) -> list[Tensor]:

@@ -149,8 +149,11 @@ class SyncBatchNormLeakyReLU(_LeakyReLU, nn.SyncBatchNorm):
                 converted.__class__ = cls
                 converted.negative_slope = module.negative_slope
             return converted
-        for name, child in module.named_children():
-            module.add_module(name, cls.convert_sync_batchnorm(child, process_group))
+        made: dict[nn.Module, nn.Module] = {}  # a module in two places stays one
+        for name, child in module._modules.items():
+            if child is not None:
+                made[child] = made.get(child) or cls.convert_sync_batchnorm(child, process_group)
+                module._modules[name] = made[child]
         return module
 
 

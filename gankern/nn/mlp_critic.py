@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from gankern import checks
 from gankern.nn._chain import FusedSequential
 from gankern.nn.linear import LinearLeakyReLU
-from gankern.ops.mlp_critic import MLPCriticLoss, mlp_critic, mlp_critic_penalty
+from gankern.ops.mlp_critic import MLPCriticLoss, mlp_critic, mlp_critic_generator, mlp_critic_penalty
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -75,7 +75,7 @@ def _read(critic: nn.Module, plain: bool = False) -> tuple[MLPLayers, str]:
     dropped = False
     name: str
     module: Any
-    for name, module in critic.named_children():
+    for name, module in critic._modules.items():  # named_children leaves out a module that is used a second time
         kind, what = _kind(module), f"{type(module).__name__} ({name})"
         if kind is nn.Identity:
             continue
@@ -145,7 +145,7 @@ class MLPCritic(nn.Sequential):
 
     def __init__(self, *layers: nn.Module) -> None:
         if len(layers) == 1 and isinstance(layers[0], nn.Sequential):
-            super().__init__(OrderedDict(layers[0].named_children()))
+            super().__init__(OrderedDict(layers[0]._modules))
         else:
             super().__init__(*layers)
         mlp_layers(self)
@@ -158,6 +158,15 @@ class MLPCritic(nn.Sequential):
     def critic_loss(self, real: Tensor, fake: Tensor, objective: str = "non-saturating", **options: Any) -> MLPCriticLoss:
         """`gankern.mlp_critic` with this critic's layers; `options` are its keyword arguments from `real_label` on."""
         return mlp_critic(real, fake, *mlp_layers(self), objective=objective, **options)
+
+    def generator_loss(
+        self, fake: Tensor, objective: str = "non-saturating", real: Tensor | None = None, **options: Any
+    ) -> MLPCriticLoss:
+        """`gankern.mlp_critic_generator` with this critic's layers: only `fake` gets a gradient, the critic none.
+
+        `options` are its keyword arguments `real_label` and `generator`.
+        """
+        return mlp_critic_generator(fake, *mlp_layers(self), objective=objective, real=real, **options)
 
     def penalty(self, x_hat: Tensor, **options: Any) -> MLPCriticLoss:
         """`gankern.mlp_critic_penalty` with this critic's layers; `options` are its keyword arguments from `weight` on."""

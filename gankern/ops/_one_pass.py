@@ -34,8 +34,9 @@ class Job(NamedTuple):
     target: float
     one_sided: bool
     sample: str
-    wanted: tuple[bool, ...]  # of weights, then biases
+    wanted: tuple[bool, ...]  # of weights, then biases, then the fake samples
     name: str
+    side: str = "discriminator"
 
     @property
     def layers(self) -> int:
@@ -96,7 +97,7 @@ def one_pass(
         job.layers - 1,
         weights[-1],
     )
-    grads: list[Any] = [None] * (2 * job.layers)
+    grads: list[Any] = [None] * len(job.wanted)
     # forward
     h, bits = [x], []
     for i in range(hidden):
@@ -109,8 +110,13 @@ def one_pass(
     if job.objective:
         logits = _linear(h[-1][: rows.judged], last, biases[-1])
         adversarial, stats, slope = _judge(job, logits, rows, labels)
+        if job.wanted[-2]:
+            grads[-2] = slope.sum(0, keepdim=True)
         if job.wanted[-1]:
-            grads[-1] = slope.sum(0, keepdim=True)
+            d = slope[rows.real : rows.judged, None].to(x.dtype)
+            grads[-1] = _samples(job, rows, run, d, h, bits, weights)
+        if not any(job.wanted[:-1]) and not job.penalises:
+            return adversarial, adversarial.new_zeros(()), adversarial.new_zeros(0), stats, grads
         seed = slope.to(x.dtype)
         if inside:
             factor = slope[first : first + count]
@@ -126,7 +132,8 @@ def one_pass(
     # adjoints
     adjoints = [d] * hidden
     for i in reversed(range(hidden)):
-        dbias = run.mlp_critic_adjoint(d, h[i + 1], bits[i], job.slopes[i], job.p[i], rows.judged, row_factor)
+        summed = (rows.judged, row_factor) if job.wanted[job.layers + i] else (0, None)
+        dbias = run.mlp_critic_adjoint(d, h[i + 1], bits[i], job.slopes[i], job.p[i], *summed)
         adjoints[i], grads[job.layers + i] = d, dbias
         if i:
             d = torch.mm(d, weights[i])
@@ -152,11 +159,22 @@ def one_pass(
     return adversarial, penalty, norms, stats, grads
 
 
+def _samples(job: Job, rows: Rows, run: Any, d: Tensor, h: list[Tensor], bits: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """The gradient of the adversarial loss at the fake samples, from that at their logits, d [F, 1]."""
+    fake = slice(rows.real, rows.judged)
+    for i in reversed(range(job.layers)):
+        d = torch.mm(d, weights[i])
+        if i:
+            kept = bits[i - 1][fake] if job.p[i - 1] > 0.0 else bits[i - 1]
+            run.mlp_critic_adjoint(d, h[i][fake], kept, job.slopes[i - 1], job.p[i - 1], 0, None)
+    return d
+
+
 def _judge(job: Job, logits: Tensor, rows: Rows, labels: tuple[Label, Label]) -> tuple[Tensor, Tensor, Tensor]:
     """The adversarial loss, its statistics and its slope at each logit, in the accumulation dtype."""
     with torch.enable_grad():
         a = logits.detach().flatten().to(accumulate(logits.dtype)).requires_grad_()
-        out = gan_loss(a[: rows.real], a[rows.real :], job.objective, real_label=labels[0], fake_label=labels[1])
+        out = gan_loss(a, None, job.objective, job.side, n_real=rows.real, real_label=labels[0], fake_label=labels[1])
         (slope,) = torch.autograd.grad(out.loss, a)
     return out.value, out.stats, slope
 

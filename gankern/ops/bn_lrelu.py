@@ -498,16 +498,7 @@ def _one_by_one(function: type[Function], info: Any, in_dims: Any, args: Any) ->
 if not backend.CPU_PROBLEM:
 
     @torch.library.register_fake("gankern::bn_lrelu")
-    def _(
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float,
-        eps: float,
-        slope: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         mean = x.new_empty(x.shape[1], dtype=accumulate(x.dtype))
         return torch.empty_like(x), mean, torch.empty_like(mean)
 
@@ -516,32 +507,11 @@ if not backend.CPU_PROBLEM:
         return torch.empty_like(x)
 
     @torch.library.register_fake("gankern::bn_lrelu_grad")
-    def _(
-        dy: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        slope: float,
-        training: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _(dy: Tensor, x: Tensor, mean: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
 
     @torch.library.register_fake("gankern::bn_lrelu_grad2")
     def _(
-        ddx: Tensor,
-        ddweight: Tensor | None,
-        ddbias: Tensor | None,
-        dy: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        slope: float,
-        training: bool,
+        ddx: Tensor, ddweight: Any, ddbias: Any, dy: Tensor, x: Tensor, mean: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.empty_like(x), torch.empty_like(x), torch.empty_like(mean)

@@ -574,41 +574,12 @@ def _slope_and_curvature(
 if not backend.CPU_PROBLEM:
 
     @torch.library.register_fake("gankern::gan_loss")
-    def _(
-        a: Tensor,
-        b: Tensor | None,
-        n_real: int,
-        term_real: int,
-        weight_real: float,
-        target_real: float,
-        targets_real: Tensor | None,
-        term_fake: int,
-        weight_fake: float,
-        target_fake: float,
-        targets_fake: Tensor | None,
-        reduction: int,
-        relative: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _(a: Tensor, b: Tensor | None, n_real: int, *settings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *_, reduction, _relative = settings
         n, acc = a.numel() + (0 if b is None else b.numel()), _accumulate(a.dtype)
         ga, gb = a.new_empty(a.shape, dtype=acc), a.new_empty(0 if b is None else b.shape, dtype=acc)
         return a.new_empty(n if reduction == 0 else (), dtype=acc), a.new_empty(3, dtype=acc), ga, gb
 
     @torch.library.register_fake("gankern::gan_loss_grad2")
-    def _(
-        a: Tensor,
-        b: Tensor | None,
-        n_real: int,
-        term_real: int,
-        weight_real: float,
-        target_real: float,
-        targets_real: Tensor | None,
-        term_fake: int,
-        weight_fake: float,
-        target_fake: float,
-        targets_fake: Tensor | None,
-        reduction: int,
-        g: Tensor,
-        ca: Tensor,
-        cb: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _(a: Tensor, b: Tensor | None, n_real: int, *settings: Any) -> tuple[Tensor, Tensor]:
         return torch.empty_like(a), a.new_empty(0) if b is None else torch.empty_like(b)

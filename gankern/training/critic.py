@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gankern.losses import GANLoss
 from gankern.nn.mlp_critic import MLPLayers, mlp_layers, mlp_problem
 from gankern.ops.gan_loss import GanLoss
-from gankern.ops.mlp_critic import mlp_critic
+from gankern.ops.mlp_critic import mlp_critic, mlp_critic_generator
 from gankern.regularizers import gradient_penalty
 
 # The settings of gankern.gradient_penalty for each name of --penalty.
@@ -88,8 +88,11 @@ class Autograd:
             out = self.loss.discriminator(self.net(real, *labels), self.net(fake, *labels))
         if not self.penalty:
             return out
+        net: nn.Module = self.net
+        if not labels and hasattr(net, "inputs"):  # a critic of packs has an input gradient for each pack
+            net, real, fake = net.layers, net.inputs(real), net.inputs(fake)  # type: ignore[assignment,operator]
         eps = draw_eps(real, self.rng) if self.penalty["sample"] == "line" else None
-        penalty = gradient_penalty(self.net, real, fake, cond=labels or None, eps=eps, generator=self.rng, **self.penalty)
+        penalty = gradient_penalty(net, real, fake, cond=labels or None, eps=eps, generator=self.rng, **self.penalty)
         return Penalised(out, penalty)
 
     def generator(self, fake: Tensor, real: Tensor, *labels: Tensor) -> Loss:
@@ -151,8 +154,9 @@ class OnePass:
         )
 
     def generator(self, fake: Tensor, real: Tensor, *labels: Tensor) -> Loss:
-        with frozen([p for p in self.net.parameters() if p.requires_grad]):
-            return self.loss.generator(self.net(fake, *labels), self.net(real, *labels) if self.loss.relativistic else None)
+        loss, rows = self.loss, self.net.inputs(fake, *labels)  # type: ignore[operator]
+        reference = self.net.inputs(real, *labels).to(rows.dtype) if loss.relativistic else None  # type: ignore[operator]
+        return mlp_critic_generator(rows, *self.layers(), objective=loss.objective, real=reference, real_label=loss.generator_label)
 
 
 def draw_eps(real: Tensor, rng: torch.Generator) -> Tensor:

@@ -26,7 +26,7 @@ int main() {
       const std::uint8_t* bits = job.input<std::uint8_t>(bytes);
       T* dz = job.output<T>(n, shift);
       T* dbias = job.output<T>(with_bias ? columns : -1);
-      const std::int64_t shares = with_bias ? gankern::bias_shares(rows, columns) : 1;
+      const std::int64_t shares = with_bias ? gankern::strip_shares(rows, columns) : 1;
       auto* partials = job.output<gankern::sum_t<T>>(shares > 1 ? shares * columns : -1);
       job.run([&] { gankern::launch_act_grad<T>(dy, y, bits, dz, dbias, partials, rows, columns, slope, p, nullptr); });
     } else {

@@ -25,7 +25,7 @@ int main() {
       const std::uint8_t* bits = job.input<std::uint8_t>(bytes);
       const A* factor = job.input<A>(has_factor ? bias_rows : -1);
       T* dbias = job.output<T>(columns);
-      const std::int64_t shares = gankern::adjoint_shares(rows, columns);
+      const std::int64_t shares = gankern::strip_shares(rows, columns);
       A* partials = job.output<A>(shares > 1 ? shares * columns : -1);
       job.run([&] {
         fill(a, first);

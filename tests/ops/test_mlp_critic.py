@@ -452,7 +452,7 @@ def test_a_parameter_changed_before_backward_is_noticed(backend: str) -> None:
         out = gankern.mlp_critic(real, fake, weights, biases)
         with torch.no_grad():
             weights[0].add_(1)
-        with pytest.raises(RuntimeError, match="mlp_critic: the parameters must not be changed in place before the backward pass"):
+        with pytest.raises(RuntimeError, match="mlp_critic: what gets a gradient must not be changed in place before the backward"):
             use(out)
 
 
@@ -584,7 +584,21 @@ def test_operators_pass_opcheck() -> None:
             torch.library.opcheck(ops.mlp_critic_seed, (t, y, 3, f, 10.0, 1.0, True))
     real, fake, weights, biases = critic()
     weights, biases = ([t.detach() for t in ts] for ts in (weights, biases))
-    settings = ([0.2] * 2, [0.0] * 2, "non-saturating", 1.0, 0.0, 10.0, 1.0, False, "line", [True] * 6, "compiled", None)
+    settings = (
+        [0.2] * 2,
+        [0.0] * 2,
+        "non-saturating",
+        1.0,
+        0.0,
+        10.0,
+        1.0,
+        False,
+        "line",
+        [True] * 6 + [False],
+        "compiled",
+        "discriminator",
+        None,
+    )
     eps = randn(6, 1, seed=3)
     torch.library.opcheck(ops.mlp_critic_step, (real, fake, None, eps, None, None, [None] * 2, weights, biases, *settings))
 
@@ -597,8 +611,8 @@ def pass_arguments(**changes: Any) -> list[Any]:
         "real": real, "fake": fake, "x_hat": None, "eps": randn(6, seed=3).sigmoid(), "seeds": [None] * 2, "weights": weights,
         "biases": biases, "slopes": [0.2] * 2, "p": [0.0] * 2, "term_real": linear, "weight_real": 1.0, "target_real": 1.0,
         "targets_real": label, "term_fake": linear, "weight_fake": 1.0, "target_fake": 0.0, "targets_fake": label, "relative": 0,
-        "penalise": True, "first": 12, "count": 6, "weight": 10.0, "target": 1.0, "one_sided": False, "wanted": [True] * 6,
-        "autocast": None,
+        "penalise": True, "first": 12, "count": 6, "weight": 10.0, "target": 1.0, "one_sided": False,
+        "wanted": [True] * 6 + [False], "autocast": None,
     }  # fmt: skip
     return list((given | changes).values())
 
@@ -618,11 +632,13 @@ def test_the_whole_pass_is_an_operator() -> None:
     for changes in (
         {},
         {"penalise": False, "eps": None, "count": 0},
-        {"eps": None, "first": 6, "wanted": [False, True] * 3},
+        {"eps": None, "first": 6, "wanted": [False, True] * 3 + [False]},
+        {"penalise": False, "eps": None, "count": 0, "wanted": [False] * 6 + [True]},
+        {"wanted": [True] * 7},
         {"seeds": seeds, "p": [0.3, 0.5]},
     ):
         torch.library.opcheck(torch.ops.gankern.mlp_critic_pass, pass_arguments(weights=plain[0], biases=plain[1], **changes))
-    alone = {"real": None, "fake": None, "x_hat": real, "eps": None, "first": 0, "wanted": [True] * 3 + [False] * 3}
+    alone = {"real": None, "fake": None, "x_hat": real, "eps": None, "first": 0, "wanted": [True] * 3 + [False] * 4}
     arguments = pass_arguments(weights=plain[0], biases=plain[1], **alone)
     some = ("test_schema", "test_faketensor")  # the others compare numbers, and its statistics are NaN
     torch.library.opcheck(torch.ops.gankern.mlp_critic_pass, arguments, test_utils=some)
@@ -632,9 +648,12 @@ BAD_PASS: list[tuple[str, dict[str, Any]]] = [
     ("weights must hold at least one matrix", {"weights": []}),
     ("biases must be as many as weights", {"biases": [None]}),
     ("seeds, slopes and p must be as many as hidden layers", {"p": [0.0]}),
-    ("wanted must be twice as many as weights", {"wanted": [True] * 3}),
-    ("wanted must want no bias of a penalty alone", {"real": None, "fake": None, "x_hat": randn(6, 7, seed=0), "eps": None}),
-    ("the samples must be real and fake, x_hat, or all three", {"fake": None}),
+    ("wanted must be one more than twice as many as weights", {"wanted": [True] * 6}),
+    (
+        "wanted must want neither bias nor samples of a penalty alone",
+        {"real": None, "fake": None, "x_hat": randn(6, 7, seed=0), "eps": None},
+    ),
+    ("the samples must be fake, real and fake, x_hat, or all three", {"fake": None, "wanted": [True] * 3 + [False] * 4}),
     ("eps must have one value for each pair of samples, without x_hat", {"eps": randn(5, seed=0)}),
     ("the samples must be matrices of as many columns as weights[0]", {"real": randn(6, 8, seed=0)}),
     (
