@@ -17,10 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import bench_gan_loss, bench_linear_lrelu, bench_train_step, report, support
+from bench import bench_gan_loss, bench_linear_lrelu, bench_train_step, report, rivals, support
 from bench.support import OpGroup, Outputs, Settings, Work
 from gankern import backend, gan_loss, linear_lrelu
 from gankern.ops.gan_loss import GanLoss
+from gankern.training import PRESETS
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -104,7 +105,7 @@ def test_a_slowing_machine_does_not_change_the_ratio(monkeypatch: pytest.MonkeyP
 
 def test_a_wrong_rival_has_no_number() -> None:
     group = Doubling()
-    samples, inner, problems = support.measure(group, rounds=3)
+    samples, inner, problems, _ = support.measure(group, rounds=3)
     assert set(samples) == set(inner) == {"eager", "right"}
     assert all(len(values) == 3 for values in samples.values())
     assert set(problems) == {"wrong"}
@@ -116,9 +117,26 @@ def test_a_wrong_rival_has_no_number() -> None:
 def test_nothing_is_measured_where_eager_itself_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     group = Doubling()
     monkeypatch.setattr(group, "expected", lambda inputs64, got: {"y": 3 * inputs64[0]})
-    samples, _, problems = support.measure(group, rounds=1)
+    samples, _, problems, _ = support.measure(group, rounds=1)
     assert samples == {}
     assert set(problems) == {"eager", "right", "wrong"}
+
+
+def test_extra_memory_is_the_peak_of_a_call_above_what_stays() -> None:
+    kept: list[Tensor] = []
+
+    def call() -> None:
+        first = torch.empty(1000)
+        second = torch.empty(500)
+        del first
+        kept[:] = [torch.empty(250), second]  # in the place of as many bytes, which this frees after
+
+    call()
+    assert support.extra_memory(call, CPU) == 4 * 1500
+
+
+def test_slow_groups_make_fewer_rounds() -> None:
+    assert [support.rounds_for(s, 1.5) for s in (1e-4, 0.01, 0.1, 0.4, 1.0, 5.0)] == [301, 150, 15, 15, 6, 5]
 
 
 @pytest.mark.parametrize(
@@ -185,18 +203,46 @@ def test_exact_inputs_leave_no_sign_to_rounding() -> None:
         assert all(torch.equal(t.bfloat16().float(), t) for t in (x, weight, bias))
 
 
-def test_the_whole_step_agrees_and_a_wrong_rate_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    group = bench_train_step.groups(Settings(CPU))[0]
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_whole_step_of_each_preset_agrees(preset: str) -> None:
+    """At the sizes of --benchmark-disable, the smallest; the rate of the critic three times as high must be seen."""
+    group = next(g for g in bench_train_step.groups(Settings(CPU, smoke=True)) if g.name.startswith(f"{preset} "))
+    assert isinstance(group, bench_train_step.TrainStep)
+    assert group.rivals == ("eager", "eager-tuned", "gankern")
     for rival in group.rivals:
         group.check(rival)
-    real = bench_train_step.gankern
+    wrong = dataclasses.replace(group.gate_config, lr_d=3 * group.config.lr_d)
+    losses = group.losses(group.make("gankern", wrong, torch.float32, group.batch))
+    with pytest.raises(AssertionError, match="losses: relative error"):
+        support.assert_close(losses, group.wanted[group.batch, group.config.spectral_norm], bench_train_step.KINKED)
 
-    def other_rate(setting: bench_train_step.Setting) -> bench_train_step.Step:
-        return real(setting._replace(config=dataclasses.replace(setting.config, lr_d=1e-3)))
 
-    monkeypatch.setattr(bench_train_step, "gankern", other_rate)
-    with pytest.raises(AssertionError, match="d_loss: relative error"):
-        group.check("gankern")
+def test_a_rival_with_another_penalty_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = next(g for g in bench_train_step.groups(Settings(CPU)) if g.name == "ctgan-like fp32 100")
+    group.check("eager-tuned")
+    real = rivals.distance
+    monkeypatch.setattr(rivals, "distance", lambda config, gradient, packs: real(config, gradient, packs // 2))
+    with pytest.raises(AssertionError, match="losses: relative error"):
+        group.check("eager-tuned")
+
+
+@pytest.mark.parametrize("preset", ["gan", "wgan-gp"])
+def test_the_work_of_a_step_is_that_of_its_products(preset: str) -> None:
+    group = next(g for g in bench_train_step.groups(Settings(CPU)) if g.name == f"{preset} fp32 16")
+    generator, critic = [(100, 256), (256, 512), (512, 1024), (1024, 784)], [(784, 1024), (1024, 512), (512, 256), (256, 1)]
+    g, d = sum(a * b for a, b in generator), sum(a * b for a, b in critic)
+    first_g, first_d = 100 * 256, 784 * 1024
+    step = 3 * g - first_g + 2 * d  # the generator there and back, and through the critic
+    if preset == "gan":
+        step += 2 * (3 * d - first_d)
+        assert group.work.flops == 2 * 16 * step
+    else:  # five critic updates with real, fake and the penalty's graph, which also has products that are zero
+        step += 4 * g + 5 * (2 * (3 * d - first_d) + 4 * d)
+        assert 2 * 16 * step < group.work.flops < 1.2 * 2 * 16 * step
+    parameters = (sum(a * b + b for a, b in generator), sum(a * b + b for a, b in critic))
+    n = 5 if preset == "wgan-gp" else 1
+    assert group.work.bytes == 24 * (parameters[0] + n * parameters[1]) + 4 * 784 * 16 * n
+    assert group.work.images == 16 * n
 
 
 def test_the_triton_interpreter_is_never_timed() -> None:
