@@ -14,6 +14,7 @@ from gankern import backend, data, gan_loss, linear_lrelu, use_backend
 from gankern.cli import doctor
 from gankern.cli.probes import PROBES
 from gankern.training import PRESETS, Trainer
+from gankern.training.graph import make
 
 DEVICE = torch.device("cuda")
 BACKENDS = ("compiled", "triton")
@@ -64,23 +65,28 @@ def ops() -> None:
 
 
 def train(steps: int = 2000, warm_up: int = 50) -> None:
-    """The preset "gan" on MNIST, as the command trains it, without its pictures and files."""
+    """The preset "gan" on MNIST by each engine, as the command trains it, without its pictures and files."""
     config = PRESETS["gan"].config
     images = data.load("mnist")
-    torch.manual_seed(config.seed)
-    trainer = Trainer(*PRESETS["gan"].build(config, images.shape), config, DEVICE)
-    batches = data.Batches(images, config.batch_size, seed=config.seed, device=DEVICE)
-    for step in range(steps):
-        if step == warm_up:
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-        out = trainer.step(next(batches))
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    values = {name: round(value.item(), 4) for name, value in out.items()}
-    assert all(abs(v) < float("inf") for v in values.values()), f"training diverged: {values}"
-    rate = (steps - warm_up) * config.batch_size / seconds
-    print(f"{rate:,.0f} images/s, {1e6 * config.batch_size / rate:.0f} us a step at batch {config.batch_size}; last step: {values}")
+    for name in ("eager", "graph"):
+        torch.manual_seed(config.seed)
+        trainer = Trainer(*PRESETS["gan"].build(config, images.shape), config, DEVICE)
+        batches = data.Batches(images, config.batch_size, seed=config.seed, device=DEVICE)
+        engine = make(name, trainer, batches)
+        assert engine.name == name, engine.why
+        for step in range(steps):
+            if step == warm_up:
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+            engine.step()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        last = engine.losses.request().read()
+        assert not last.bad, f"training diverged: {last.bad}"
+        rate, values = (steps - warm_up) * config.batch_size / seconds, {k: round(v, 4) for k, v in last.values.items()}
+        print(
+            f"{name}: {rate:,.0f} images/s, {1e6 * config.batch_size / rate:.0f} us a step at batch {config.batch_size}; {values}"
+        )
 
 
 if __name__ == "__main__":

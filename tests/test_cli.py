@@ -39,6 +39,23 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 grey images of 6 x 6 in three classes."""
+    path = tmp_path_factory.mktemp("data") / "kinds.npz"
+    np.savez(path, images=np.random.default_rng(0).integers(0, 256, (60, 6, 6), dtype=np.uint8), labels=np.arange(60) % 3)
+    return path
+
+
+@pytest.fixture(scope="module")
+def conditional_run(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of cgan; do not write to it."""
+    out = tmp_path_factory.mktemp("runs")
+    flags = ["--steps", "4", "--log-every", "2", "--ema", "0.5"]
+    assert train_main(["cgan", "--data", str(labelled), "--outdir", str(out), *TINY, *flags]) == 0
+    return out / "00000-cgan-kinds-b16"
+
+
+@pytest.fixture(scope="module")
 def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of 20 steps with EMA; do not write to it."""
     out = tmp_path_factory.mktemp("runs")
@@ -157,6 +174,98 @@ def test_dry_run_tells_all_and_writes_nothing(images: Path, tmp_path: Path, caps
         assert any(line.split()[0] == op and line.split()[1] in backend.NAMES for line in text.splitlines() if line.strip())
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains(preset: str, labelled: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Small networks, the preset's own settings else; the log counts the images of the data, not those of each critic update."""
+    batch = 20 if preset == "ctgan-like" else 6
+    flags = f"--steps 3 --log-every 3 --batch-size {batch} --conv-width 4 --z-dim 4 --g-widths 8 --d-widths 8 --device cpu".split()
+    assert train_main([preset, "--data", str(labelled), "--outdir", str(tmp_path), *flags]) == 0
+    run = tmp_path / f"00000-{preset}-kinds-b{batch}"
+    (row,) = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert abs(row["images_per_s"] * row["time_s"] - 3 * batch) <= 0.001 * row["images_per_s"]  # time_s is in milliseconds
+    assert (run / "fakes000003.png").is_file()
+    assert json.loads((run / "config.json").read_text())["classes"] == (3 if preset == "cgan" else 0)
+    assert sample(run, tmp_path / "x.npz", "--n", "5") == 0
+    assert np.load(tmp_path / "x.npz")["samples"].shape[0] == 5
+
+
+def test_conditional_run_shows_one_class_a_column(conditional_run: Path) -> None:
+    with Image.open(conditional_run / "fakes000004.png") as picture:
+        assert picture.size == (3 * 6, 21 * 6)  # the most of 64 that fill three columns
+
+
+def test_sample_of_a_conditional_run(conditional_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    """--class k gives each z the class k; without it the classes take turns, in columns."""
+
+    def draw(*flags: str) -> np.ndarray[Any, Any]:
+        assert sample(conditional_run, tmp_path / "x.npz", "--n", "6", *flags) == 0
+        with np.load(tmp_path / "x.npz") as file:
+            return np.array(file["samples"])
+
+    each, turns = [draw("--class", str(k)) for k in range(3)], draw()
+    assert not np.allclose(each[0], each[1], atol=1e-4)
+    for i in range(6):
+        np.testing.assert_allclose(turns[i], each[i % 3][i], rtol=0, atol=1e-6)
+    assert sample(conditional_run, tmp_path / "x.png", "--n", "6") == 0
+    assert Image.open(tmp_path / "x.png").size == (18, 12)
+    capsys.readouterr()
+    assert refused(capsys, sample(conditional_run, tmp_path / "x.png", "--class", "3"), "gankern sample") == (
+        "--class must be in [0, 2], got 3"
+    )
+
+
+def test_conditional_run_goes_on_with_its_classes(conditional_run: Path, labelled: Path, tmp_path: Path, capsys: Capture) -> None:
+    flags = ["--data", str(labelled), "--outdir", str(tmp_path), *TINY, "--log-every", "2", "--ema", "0.5"]
+    assert train_main(["cgan", *flags, "--steps", "2"]) == 0
+    assert train_main(["cgan", *flags, "--steps", "4", "--resume", "auto"]) == 0
+    whole, parts = (
+        [json.loads(row) for row in (r / "log.jsonl").read_text().splitlines()]
+        for r in (conditional_run, tmp_path / "00000-cgan-kinds-b16")
+    )
+    assert [row["d_loss"] for row in whole] == [row["d_loss"] for row in parts]
+    with np.load(labelled) as file:
+        other = {"images": file["images"], "labels": file["labels"] % 2}
+    np.savez(labelled.with_name("two.npz"), **other)
+    (tmp_path / "00000-cgan-kinds-b16" / "config.json").write_text(
+        (tmp_path / "00000-cgan-kinds-b16" / "config.json").read_text().replace(str(labelled), str(labelled.with_name("two.npz")))
+    )
+    capsys.readouterr()
+    flags[1] = str(labelled.with_name("two.npz"))
+    want = f"resume: data must have the 3 classes of {tmp_path / '00000-cgan-kinds-b16'}, got 2"
+    assert refused(capsys, train_main(["cgan", *flags, "--steps", "6", "--resume", "auto"])) == want
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["cgan"], "train: data must have labels for --arch cgan, got none"),
+        (
+            ["wgan-gp", "--batch-size", "30"],
+            "batch_size * n_critic must be at most the 100 images of dots, got 30 * 5 = 150",
+        ),
+        (["gan", "--engine", "graph"], "train: engine must be auto, eager or compile on cpu, got graph"),
+    ],
+)
+def test_presets_refuse(words: list[str], sentence: str, images: Path, tmp_path: Path, capsys: Capture) -> None:
+    status = train_main([words[0], "--data", str(images), "--outdir", str(tmp_path / "runs"), *TINY, *words[1:]])
+    assert refused(capsys, status) == sentence
+    assert not (tmp_path / "runs").exists()
+
+
+def test_engine_that_falls_back_says_why_once(
+    images: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    flags = ["--engine", "compile", "--steps", "3", "--log-every", "1"]
+    assert train_main(["gan", "--data", str(images), "--outdir", str(tmp_path), *TINY, *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "engine eager: compile failed: RuntimeError: no compiler"
+    assert len([line for line in lines if line.startswith("engine")]) == 1
+
+
 def test_default_dry_run_is_the_mlp_gan_on_mnist(capsys: Capture) -> None:
     assert train_main(["gan", "--dry-run"]) == 0
     text = capsys.readouterr().out
@@ -182,8 +291,8 @@ def test_folder_of_pictures_with_broken_files(tmp_path: Path, capsys: Capture) -
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([], "a preset must be named: gan (see gankern-train --help)"),
-        (["wgan9"], "preset must be one of gan, got 'wgan9'"),
+        ([], "a preset must be named: gan, cgan, wgan-gp, sngan, dcgan-32, dcgan-64, ctgan-like (see gankern-train --help)"),
+        (["wgan9"], f"preset must be one of {', '.join(PRESETS)}, got 'wgan9'"),
         (["gan", "--stepz", "3"], "Unrecognized options: --stepz, 3 (see gankern-train gan --help)"),
         (["gan", "--steps", "many"], "Error parsing --steps: invalid literal for int() with base 10: 'many'"),
         (["gan", "--steps", "0"], "train: steps must be a finite number >= 1, got 0"),
@@ -287,7 +396,8 @@ def test_gankern_itself(capsys: Capture) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"{gankern.__version__}\n"
     assert main(["presets"]) == 0
-    assert all(name in capsys.readouterr().out for name in PRESETS)
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in PRESETS)
     assert train_main(["--help"]) == 0
     assert "gan " in capsys.readouterr().out
     assert "command must be train, sample, presets, doctor or bench, got 'fly'" in refused(capsys, main(["fly"]), "gankern")

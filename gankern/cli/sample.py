@@ -27,7 +27,7 @@ def command(arguments: list[str]) -> int:
     parser.add_argument(
         "--weights", choices=("auto", "ema", "last"), default="auto", help="auto: the EMA weights if the run has them"
     )
-    parser.add_argument("--class", dest="label", type=int, help="the class to draw, where the model has classes")
+    parser.add_argument("--class", dest="label", type=int, help="the class to draw (default: all in turn, one a column)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:number] (default: auto)")
     options = parser.parse_args(arguments)
     need("safetensors", "PIL")
@@ -46,16 +46,22 @@ def command(arguments: list[str]) -> int:
             raise Refused(f"{run.path} must have a checkpoint, got none")
         if run.preset not in PRESETS:
             raise Refused(f"{run.path} must be of a known preset ({', '.join(PRESETS)}), got {run.preset!r}")
-        if options.label is not None:
+        if options.label is not None and not run.classes:
             raise Refused(f"--class must be left out: the model of preset {run.preset} has no classes, got {options.label}")
+        if options.label is not None and not 0 <= options.label < run.classes:
+            raise Refused(f"--class must be in [0, {run.classes - 1}], got {options.label}")
         if options.weights == "ema" and run.config.ema == 0.0:
             raise Refused(f"--weights must be auto or last: {run.path} was trained without EMA, got 'ema'")
         source = "ema" if options.weights != "last" and run.config.ema > 0.0 else "generator"
         state = checkpoint.load(saved, (f"{source}.",))
-        generator, _ = PRESETS[run.preset].build(run.config, run.shape)
+        generator, _ = PRESETS[run.preset].build(run.config, run.shape, run.classes)
         generator.load_state_dict({key.removeprefix(f"{source}."): v for key, v in state.items() if key.startswith(f"{source}.")})
         z = sample_latent(options.n, run.config.z_dim, run.config.latent, torch.Generator().manual_seed(options.seed))
-        samples = generate(generator.to(device), z.to(device)).float().cpu()
+        labels, columns = [], None
+        if run.classes:
+            columns = min(run.classes, options.n) if options.label is None else None
+            labels = [torch.arange(options.n) % run.classes if options.label is None else torch.full((options.n,), options.label)]
+        samples = generate(generator.to(device), *(t.to(device) for t in (z, *labels))).float().cpu()
         if out.is_dir() or kind == "":
             out.mkdir(parents=True, exist_ok=True)
             digits = len(str(options.n - 1))
@@ -67,6 +73,6 @@ def command(arguments: list[str]) -> int:
                 with out.open("wb") as file:
                     np.savez(file, samples=samples.numpy())
             else:
-                pictures.save_png(out, pictures.grid(samples))
+                pictures.save_png(out, pictures.grid(samples, columns))
     print(f"{options.n} samples of {run.path} after step {run_dir.step_of(saved)} ({source} weights) in {out}")
     return 0

@@ -26,9 +26,11 @@ from gankern.cli.common import Parser, Refused, need, pick_device, refusing
 from gankern.cli.progress import Progress
 from gankern.models import sample_latent
 from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, pictures, run_dir
+from gankern.training.graph import Eager, Pending, make
+from gankern.training.presets import CONDITIONAL
 from gankern.training.run_dir import RunDir
 
-PREVIEW = 64  # samples in a picture
+PREVIEW = 64  # samples in a picture, at most
 
 
 def command(arguments: list[str]) -> int:
@@ -108,8 +110,10 @@ class Ready(NamedTuple):
     trainer: Trainer
     batches: data.Batches
     images: data.ImageData
+    classes: int
     run: RunDir
     seconds: float
+    engine: Eager
 
 
 def prepare(preset: str, config: TrainConfig) -> Ready | None:
@@ -127,24 +131,42 @@ def prepare(preset: str, config: TrainConfig) -> Ready | None:
         print(
             f"skipped {len(images.skipped)} unreadable files: {', '.join(images.skipped[:5])}{' ...' * (len(images.skipped) > 5)}"
         )
+    needed = config.batch_size * config.n_critic
+    if config.n_critic > 1 and needed > len(images):
+        words = f"batch_size * n_critic must be at most the {len(images)} images of {images.name}"
+        raise Refused(f"{words}, got {config.batch_size} * {config.n_critic} = {needed}")
+    classes = count_classes(config, images, run)
     torch.manual_seed(config.seed)
-    trainer = Trainer(*PRESETS[preset].build(config, images.shape), config, device)
-    batches = data.Batches(images, config.batch_size, seed=config.seed, device=device)
+    trainer = Trainer(*PRESETS[preset].build(config, images.shape, classes), config, device)
+    batches = data.Batches(images, needed, seed=config.seed, device=device)
     seconds = 0.0
     if saved is not None:
         seconds = restore(trainer, batches, saved)
     if config.dry_run:
         describe(preset, config, trainer, images, run)
         return None
+    engine = make(config.engine, trainer, batches)
     facts = {"data_name": images.name, "images": len(images), "versions": versions(), "device_used": str(device)}
     if run is None:
-        run = RunDir.create(preset, config, images.name, images.shape, facts)
+        run = RunDir.create(preset, config, images.name, images.shape, facts, classes)
         print(f"new run {run.path}: {len(images)} images of {images.name} {list(images.shape)}, on {device}")
     else:
         run.rewind(step)
-        run_dir.write_config(run.path, preset, config, images.shape, facts)
+        run_dir.write_config(run.path, preset, config, images.shape, facts, classes)
         print(f"continuing {run.path} after step {step}" if saved else f"{run.path} has no checkpoint yet: starting it over")
-    return Ready(config, trainer, batches, images, run, seconds)
+    if engine.why:
+        print(f"engine {engine.name}: {engine.why}")
+    return Ready(config, trainer, batches, images, classes, run, seconds, engine)
+
+
+def count_classes(config: TrainConfig, images: data.ImageData, run: RunDir | None) -> int:
+    """How many classes a conditional model has: those of the data, of a resumed run its own. 0: it is not conditional."""
+    if config.arch not in CONDITIONAL or images.labels is None:  # the networks refuse to be built without
+        return 0
+    found = max(len(images.classes), int(images.labels.max()) + 1)
+    if run is not None and run.classes != found:
+        raise Refused(f"resume: data must have the {run.classes} classes of {run.path}, got {found}")
+    return found
 
 
 def find_run(preset: str, config: TrainConfig) -> tuple[RunDir | None, Path | None]:
@@ -208,24 +230,28 @@ class Stop:
 
 def fit(preset: str, ready: Ready) -> int:
     """The loop: steps, log, pictures, checkpoints. Returns the exit status."""
-    config, trainer, batches, images, run, _ = ready
+    config, trainer, images, run, engine = ready.config, ready.trainer, ready.images, ready.run, ready.engine
     reporter = Reporter(ready)
     with Stop() as stop, reporter:
         if trainer.steps_done == 0:
             reporter.begin(images)
-        while trainer.steps_done < config.steps and not stop.signal:
-            out = trainer.step(next(batches))
+        while trainer.steps_done < config.steps and not stop.signal and not reporter.bad:
+            done = trainer.steps_done
+            events = [config.steps, *(next_multiple(done, every) for every in periods(config))]
+            engine.step(most=min(events) - done)
             step, last = trainer.steps_done, trainer.steps_done == config.steps
+            if last or step % config.log_every == 0:
+                reporter.log()
             saving = last or bool(config.checkpoint_every and step % config.checkpoint_every == 0)
-            logging = last or step % config.log_every == 0
-            bad = reporter.log(out) if logging else reporter.read(out)[1] if saving else ""
-            if bad:  # never saved: the last checkpoint stays good
-                print(f"gankern-train: training diverged: {bad} at step {step}; the log stops before it", file=sys.stderr)
-                return 1
+            if saving and reporter.settle():
+                break  # never saved: the last checkpoint stays good
             if last or (config.sample_every and step % config.sample_every == 0):
                 reporter.sample(f"fakes{step:06d}.png")
             if saving:
                 reporter.save()
+        if reporter.settle():
+            print(f"gankern-train: training diverged: {reporter.bad}; the log stops before it", file=sys.stderr)
+            return 1
         reporter.save()
     if trainer.steps_done < config.steps:
         words = ["gankern-train", preset, *flags(preset, dataclasses.replace(config, resume=str(run.path)))]
@@ -235,22 +261,38 @@ def fit(preset: str, ready: Ready) -> int:
     return 0
 
 
+def periods(config: TrainConfig) -> list[int]:
+    """Of what happens after certain steps."""
+    return [every for every in (config.log_every, config.sample_every, config.checkpoint_every) if every]
+
+
+def next_multiple(step: int, every: int) -> int:
+    return (step // every + 1) * every
+
+
 class Reporter:
     """All that a run writes: log.jsonl, TensorBoard events, pictures, checkpoints, and the progress line."""
 
     def __init__(self, ready: Ready) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.config, self.trainer, self.batches, _, self.run, self.seconds = ready
+        self.config, self.trainer, self.batches, self.run = ready.config, ready.trainer, ready.batches, ready.run
+        self.engine, self.seconds = ready.engine, ready.seconds
         config, trainer = self.config, self.trainer
         # Own generator: the same latents in each picture and after each resume, and none taken from the training's stream.
         latents = torch.Generator().manual_seed(config.seed + 2)
-        self.z = sample_latent(PREVIEW, config.z_dim, config.latent, latents)
+        classes = ready.classes
+        count = PREVIEW - PREVIEW % classes if 0 < classes <= PREVIEW else PREVIEW
+        self.labels = [torch.arange(count) % classes] if classes else []
+        self.columns = classes if 0 < classes <= PREVIEW else None  # one class a column
+        self.z = sample_latent(count, config.z_dim, config.latent, latents)
         first = trainer.steps_done
         self.board = SummaryWriter(str(self.run.path), purge_step=first + 1 if first else None)
         self.progress = Progress(config.steps, first, config.batch_size)
         self.saved_step = first or -1
         self.logged_step = first
+        self.pending: list[Pending] = []
+        self.bad = ""  # what was not finite, and at which step
         self.mark = time.perf_counter()
 
     def __enter__(self) -> Reporter:
@@ -275,18 +317,24 @@ class Reporter:
             self._picture("reals", "reals.png", data.to_float(images.images[chosen]))
         self.sample("fakes_init.png")
 
-    def read(self, out: dict[str, Tensor]) -> tuple[dict[str, float], str]:
-        """The numbers of a step, and which of them is not finite, or "". The only place that waits for the device."""
-        names = ("d_loss", "g_loss", "d_real", "d_fake")
-        values = dict(zip(names, torch.stack([out[name].float() for name in names]).tolist(), strict=True))
-        return values, ", ".join(f"{k} is {v}" for k, v in values.items() if not abs(v) < float("inf"))
+    def log(self) -> None:
+        """A row for this step: now, or at the next call if the engine lets the device go on meanwhile (`lag`)."""
+        self.pending.append(self.engine.losses.request())
+        while len(self.pending) > self.engine.lag and not self.bad:
+            self._row(self.pending.pop(0))
 
-    def log(self, out: dict[str, Tensor]) -> str:
-        """One row. Returns "" or, having written nothing, which number is not finite."""
-        values, bad = self.read(out)
-        if bad:
-            return bad
-        now, step = time.perf_counter(), self.trainer.steps_done
+    def settle(self) -> str:
+        """Write the rows under way and look at all steps made. Returns what is not finite in them, or ""."""
+        while self.pending and not self.bad:
+            self._row(self.pending.pop(0))
+        self.bad = self.bad or self.engine.losses.request().read().bad
+        return self.bad
+
+    def _row(self, pending: Pending) -> None:
+        step, values, self.bad = pending.read()
+        if self.bad:
+            return
+        now = time.perf_counter()
         elapsed, self.mark = now - self.mark, now
         self.seconds += elapsed
         rate = (step - self.logged_step) * self.config.batch_size / elapsed
@@ -299,14 +347,13 @@ class Reporter:
             self.board.add_scalar(f"score/{name}", row[name], step)
         self.board.add_scalar("speed/images_per_s", row["images_per_s"], step)
         self.progress.update(row)
-        return ""
 
     def sample(self, name: str) -> None:
         with self._off_the_clock():
-            self._picture("fakes", name, self.trainer.sample(self.z))
+            self._picture("fakes", name, self.trainer.sample(self.z, *self.labels), self.columns)
 
-    def _picture(self, tag: str, name: str, samples: Tensor) -> None:
-        picture = pictures.grid(samples)
+    def _picture(self, tag: str, name: str, samples: Tensor, columns: int | None = None) -> None:
+        picture = pictures.grid(samples, columns)
         pictures.save_png(self.run.path / name, picture)
         self.board.add_image(tag, picture.numpy(), self.trainer.steps_done, dataformats="HWC")
 

@@ -54,7 +54,9 @@ class Batches:
     def _start_epoch(self, epoch: int) -> None:
         self._epoch, self._position = epoch, 0
         self._epoch_state = self._generator.get_state()
-        self._order = torch.randperm(len(self._pixels), generator=self._generator).to(self._pixels.device)
+        home = self._pixels.device
+        order = torch.randperm(len(self._pixels), generator=self._generator, pin_memory=home.type == "cuda")
+        self._order = order.to(home, non_blocking=True)
 
     def indices(self) -> Tensor:
         """The next batch as numbers of images: int64 [batch_size], where the data is. Advances the stream."""
@@ -99,6 +101,16 @@ class Batches:
     def epoch(self) -> int:
         """Epochs begun before this one."""
         return self._epoch
+
+    @property
+    def order(self) -> Tensor:
+        """The numbers of all images in this epoch's order: int64 [N], where the data is. Each epoch has a tensor of its own."""
+        return self._order
+
+    @property
+    def position(self) -> int:
+        """Where in `order` the next batch begins, unless too few are left there."""
+        return self._position
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: ints size, epoch and position (images), and the generator's state before this epoch (uint8)."""

@@ -19,7 +19,7 @@ class Adam(torch.optim.Adam):
         lr: learning rate, >= 0.
         betas: decay rates of the two averages, in [0, 1).
         eps: added to the denominator.
-        capturable: the learning rate is a tensor too, so that a captured graph may hold an update and heed `set_lr`.
+        capturable: the learning rate is a tensor too, float32, so that a captured graph may hold an update and heed `set_lr`.
 
     Source: Kingma and Ba, "Adam: a method for stochastic optimization", ICLR 2015, algorithm 1.
     """

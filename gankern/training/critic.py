@@ -46,6 +46,8 @@ class Loss(Protocol):
 
 
 class Critic(Protocol):
+    loss: GANLoss
+
     def discriminator(self, real: Tensor, fake: Tensor, *labels: Tensor) -> Loss: ...
     def generator(self, fake: Tensor, real: Tensor, *labels: Tensor) -> Loss: ...
 

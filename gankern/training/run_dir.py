@@ -42,10 +42,15 @@ class RunDir:
             checks.fail(ValueError, OP, str(path / CONFIG), "name a preset and an image shape", "neither or one of them")
         self.preset: str = content["preset"]
         self.shape: tuple[int, int, int] = tuple(content["shape"])
+        self.classes = content.get("classes", 0)  # of a conditional model
+        if type(self.classes) is not int or self.classes < 0:
+            checks.fail(ValueError, OP, str(path / CONFIG), "have classes >= 0", repr(self.classes))
         self.config = TrainConfig.from_json(content.get("settings"), str(path / CONFIG))
 
     @classmethod
-    def create(cls, preset: str, config: TrainConfig, data_name: str, shape: tuple[int, int, int], facts: dict[str, Any]) -> RunDir:
+    def create(
+        cls, preset: str, config: TrainConfig, data_name: str, shape: tuple[int, int, int], facts: dict[str, Any], classes: int = 0
+    ) -> RunDir:
         """Make the next free directory under config.outdir.
 
         Raises:
@@ -62,7 +67,7 @@ class RunDir:
                 break
             except FileExistsError:  # another run took it meanwhile
                 number += 1
-        write_config(path, preset, config, shape, facts)
+        write_config(path, preset, config, shape, facts, classes)
         return cls(path)
 
     @classmethod
@@ -123,9 +128,12 @@ class RunDir:
         os.replace(temporary, self.path / LOG)
 
 
-def write_config(path: Path, preset: str, config: TrainConfig, shape: tuple[int, int, int], facts: dict[str, Any]) -> None:
-    """Write config.json: preset, image shape and settings, which a resume reads, and `facts` (versions, device) for people."""
-    content = {"preset": preset, "shape": list(shape), "settings": config.to_json(), **facts}
+def write_config(
+    path: Path, preset: str, config: TrainConfig, shape: tuple[int, int, int], facts: dict[str, Any], classes: int = 0
+) -> None:
+    """Write config.json: preset, image shape, classes (0 but for a conditional model) and settings, which a resume reads, and
+    `facts` (versions, device) for people."""
+    content = {"preset": preset, "shape": list(shape), "classes": classes, "settings": config.to_json(), **facts}
     temporary = path / f".{CONFIG}"
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(temporary, path / CONFIG)

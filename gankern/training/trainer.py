@@ -57,10 +57,12 @@ class Trainer:
         self.rng = torch.Generator(self.device).manual_seed(config.seed + 1)
         loss = GANLoss(config.objective, config.real_label, config.fake_label)
         self.critic = choose(discriminator, loss, config.penalty, config.penalty_weight, self.rng, one_pass)
+        self.forward: Any = self.generator  # what a step calls; torch.compile may stand in for it
+        capturable = self.device.type == "cuda" if capturable is None else capturable
         betas = (config.beta1, config.beta2)
         self.opt_g, self.opt_d = (
-            Adam(generator.parameters(), config.lr_g, betas),
-            Adam(discriminator.parameters(), config.lr_d, betas),
+            Adam(net.parameters(), lr, betas, capturable=capturable)
+            for net, lr in ((self.generator, config.lr_g), (self.discriminator, config.lr_d))
         )
         self.ema = Ema(generator, config.ema, config.ema_warmup) if config.ema > 0.0 else None
         self.steps_done = 0
@@ -102,7 +104,7 @@ class Trainer:
 
     def fake(self, n: int, *labels: Tensor) -> Tensor:
         with self.autocast():
-            return self.generator(self.noise(n), *labels)
+            return self.forward(self.noise(n), *labels)
 
     def discriminator_step(self, real: Tensor, fake: Tensor, *labels: Tensor) -> Loss:
         self.opt_d.forget()

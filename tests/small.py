@@ -1,0 +1,50 @@
+"""Every preset with small networks, and a trainer with its batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gankern.data import Batches, ImageData
+from gankern.training import PRESETS, TrainConfig, Trainer
+from gankern.training.presets import CONDITIONAL
+
+CLASSES = 3
+WIDTHS: dict[str, Any] = {"z_dim": 5, "g_widths": (8, 10), "d_widths": (9, 7), "conv_width": 4}
+BATCH = {"ctgan-like": 20}
+
+
+def config(preset: str, **changes: Any) -> TrainConfig:
+    base = PRESETS[preset].config
+    return dataclasses.replace(base, **{"batch_size": BATCH.get(preset, 6), **WIDTHS, **changes})
+
+
+def shape(settings: TrainConfig) -> tuple[int, int, int]:
+    return (1, settings.size or 6, settings.size or 6)
+
+
+def classes(settings: TrainConfig) -> int:
+    return CLASSES if settings.arch in CONDITIONAL else 0
+
+
+def images(settings: TrainConfig, count: int = 200) -> ImageData:
+    """Noise, and classes in turn."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, *shape(settings)), generator=generator, dtype=torch.uint8)
+    return ImageData(pixels, torch.arange(count) % CLASSES, "noise", tuple(map(str, range(CLASSES))))
+
+
+def trainer(settings: TrainConfig, device: torch.device | str = "cpu", **options: Any) -> Trainer:
+    torch.manual_seed(settings.seed)
+    return Trainer(*PRESETS["gan"].build(settings, shape(settings), classes(settings)), settings, device, **options)
+
+
+def batches(settings: TrainConfig, device: torch.device | str = "cpu") -> Batches:
+    return Batches(images(settings), settings.batch_size * settings.n_critic, seed=settings.seed, device=device)
+
+
+def state(t: Trainer) -> dict[str, Any]:
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in t.state_dict().items()}
