@@ -53,16 +53,23 @@ MAKE: dict[str, Callable[[Setting], Step]] = {
     OUR_GRAPH: rivals.gankern_graph,
 }
 
-# Batch sizes on the CPU, and on CUDA; "compile" has a row by default at the second one, or at the only one.
+# Batch sizes on the CPU, and on CUDA.
 BATCHES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "gan": ((16, 64, 256, 1024), (64, 256, 16, 1024)),
-    "wgan-gp": ((16, 64, 256), (64, 256, 16, 1024)),
-    "cgan": ((16, 64, 256, 1024), (64, 256, 16, 1024)),
-    "ctgan-like": ((100, 500), (500, 100)),
-    "dcgan-32": ((16, 64), (64, 16)),
-    "sngan": ((16, 32), (64, 16)),
-    "dcgan-64": ((16,), (128, 64)),
+    "gan": ((16, 64, 256, 1024), (16, 64, 256, 1024)),
+    "wgan-gp": ((16, 64, 256), (16, 64, 256, 1024)),
+    "cgan": ((16, 64, 256, 1024), (16, 64, 256, 1024)),
+    "ctgan-like": ((100, 500), (100, 500)),
+    "dcgan-32": ((16, 64), (16, 64)),
+    "sngan": ((16, 32), (16, 64)),
+    "dcgan-64": ((16,), (64, 128)),
 }
+# The first ones on CUDA, where the time may be limited.
+FIRST = (("gan", 64, "fp32"), ("gan", 256, "fp32"), ("wgan-gp", 64, "fp32"), ("dcgan-64", 128, "bf16"))
+# Those with a row "compile" by default: on CUDA, on the CPU.
+COMPILED = (
+    (("gan", 64, "fp32"), ("dcgan-64", 128, "bf16")),
+    (("gan", 64, "fp32"), ("wgan-gp", 64, "fp32"), ("cgan", 64, "fp32"), ("ctgan-like", 500, "fp32")),
+)
 SHAPES = {"ctgan-like": (1, 10, 10), "sngan": (3, 32, 32), "dcgan-32": (3, 32, 32), "dcgan-64": (3, 64, 64)}
 SHAPE = (1, 28, 28)
 CONVOLUTIONS = ("dcgan", "sngan")
@@ -80,10 +87,10 @@ EXACT_BATCH = 2  # of convolutions in float64 on a CPU; and of the gate under --
 
 def groups(settings: Settings, presets: Sequence[str] = tuple(BATCHES), sizes: Sequence[int] = ()) -> list[Group]:
     """All groups; or those of some presets, at these batch sizes instead of the usual ones."""
-    made: list[Group] = [TrainStep(settings, p, batch) for p in presets for batch in sizes or batches(settings, p)]
-    if settings.device.type == "cuda" and "dcgan-64" in presets and not sizes:
-        made.append(TrainStep(settings, "dcgan-64", 128, "bf16"))
-    return made
+    wanted = [(preset, batch, "fp32") for preset in presets for batch in sizes or batches(settings, preset)]
+    if settings.device.type == "cuda" and not sizes:
+        wanted = list(dict.fromkeys([key for key in FIRST if key[0] in presets] + wanted))
+    return [TrainStep(settings, *key) for key in wanted]
 
 
 def batches(settings: Settings, preset: str) -> tuple[int, ...]:
@@ -109,8 +116,7 @@ class TrainStep(Group):
 
     def __init__(self, settings: Settings, preset: str, batch: int, dtype: str = "fp32", **changes: Any) -> None:
         on_gpu = settings.device.type == "cuda"
-        sizes = BATCHES[preset][on_gpu]
-        usual = (batch == sizes[min(1, len(sizes) - 1)] and (on_gpu or not convolutional(preset))) or dtype == "bf16"
+        usual = (preset, batch, dtype) in COMPILED[not on_gpu]
         names = [EAGER, *[TF32] * (dtype == "bf16"), TUNED, *[GRAPH] * on_gpu]
         names += [COMPILE] * (usual or settings.all_rivals) + [MOST] * (on_gpu and settings.all_rivals)
         super().__init__(f"{preset} {dtype} {batch}", [*names, AUTOMATIC, *[OUR_GRAPH] * on_gpu], Work(), dtype, settings.device)

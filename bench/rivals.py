@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gankern.data import Batches, ImageData
 from gankern.models import sample_latent
-from gankern.training import PRESETS, TrainConfig, Trainer, precision
+from gankern.training import PRESETS, TrainConfig, Trainer, graph, precision
 
 CLASSES = 10
 CALL = Callable[..., Any]
@@ -303,9 +303,9 @@ def graphed(setting: Setting) -> Step:
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(source)
-    with torch.cuda.graph(graph):
+    captured = torch.cuda.CUDAGraph()
+    captured.register_generator_state(source)
+    with torch.cuda.graph(captured):
         out = step()
     for model, state in zip(setting[:2], start, strict=True):
         model.load_state_dict(state)
@@ -316,7 +316,7 @@ def graphed(setting: Setting) -> Step:
     source.manual_seed(setting.config.seed + 1)
 
     def replay() -> dict[str, Tensor]:
-        graph.replay()
+        captured.replay()
         return out
 
     return replay
@@ -328,7 +328,7 @@ def gankern(setting: Setting) -> Step:
 
 
 class InOrder(Batches):
-    """Every epoch in the order of the data, so that each step has the rivals' batch."""
+    """Every epoch in the order of the data: of one batch many times over, so that each step has the rivals' batch."""
 
     def _start_epoch(self, epoch: int) -> None:
         super()._start_epoch(epoch)
@@ -337,9 +337,9 @@ class InOrder(Batches):
 
 def gankern_graph(setting: Setting) -> Step:
     """The whole step of the trainer as one CUDA graph, which also gathers the batch from the data on the device."""
-    from gankern.training.graph import Graph
-
-    trainer = Trainer(setting.generator, setting.critic, setting.config, setting.real.device)
-    labels = setting.labels[0].cpu() if setting.labels else None
-    data = ImageData(setting.real.cpu(), labels, "bench")
-    return Graph(trainer, InOrder(data, len(setting.real), device=setting.real.device)).step
+    real, device = setting.real, setting.real.device
+    trainer = Trainer(setting.generator, setting.critic, setting.config, device, capturable=True)
+    times = max(1, min(256, 2**27 // real.numel()))  # a new epoch costs the host a copy of its order: as rare as in a real run
+    labels = setting.labels[0].cpu().repeat(times) if setting.labels else None
+    data = ImageData(real.cpu().repeat(times, 1, 1, 1), labels, "bench")
+    return graph.Graph(trainer, InOrder(data, len(real), device=device)).step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -23,6 +24,8 @@ from gankern import backend, gan_loss, linear_lrelu
 from gankern.cli.main import main
 from gankern.ops.gan_loss import GanLoss
 from gankern.training import PRESETS
+from gankern.training.graph import Graph
+from tests.replay import record
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -216,6 +219,25 @@ def test_the_whole_step_of_each_preset_agrees(preset: str) -> None:
     losses = group.losses(group.make("gankern", wrong, torch.float32, group.batch))
     with pytest.raises(AssertionError, match="losses: relative error"):
         support.assert_close(losses, group.wanted[group.batch, group.config.spectral_norm], bench_train_step.KINKED)
+
+
+@pytest.mark.parametrize("preset", ["gan", "cgan", "ctgan-like"])
+def test_the_row_of_the_graph_engine_sees_the_same_batches(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the recorder in the place of a CUDA graph."""
+    monkeypatch.setattr("gankern.training.graph.Graph", functools.partial(Graph, capture=record))
+    group = next(g for g in bench_train_step.groups(Settings(CPU)) if g.name.startswith(f"{preset} "))
+    group.check("gankern-graph")
+
+
+def test_the_groups_of_a_gpu_begin_with_those_that_matter_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = bench_train_step.groups(Settings(torch.device("cuda")))
+    names = [group.name for group in groups]
+    assert names[:4] == ["gan fp32 64", "gan fp32 256", "wgan-gp fp32 64", "dcgan-64 bf16 128"]
+    assert len(set(names)) == len(names) == 21
+    graphs = {"eager", "eager-tuned", "eager-graph", "gankern", "gankern-graph"}
+    assert [set(group.rivals) - graphs for group in groups[:4]] == [{"compile"}, set(), set(), {"compile", "eager-tf32"}]
+    every = bench_train_step.groups(Settings(torch.device("cuda"), all_rivals=True))
+    assert all({"compile", "compile-max"} <= set(group.rivals) <= bench_train_step.MAKE.keys() for group in every)
 
 
 def test_a_rival_with_another_penalty_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
