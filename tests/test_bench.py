@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import bench_gan_loss, bench_linear_lrelu, bench_train_step, report, rivals, support
+from bench import bench_gan_loss, bench_linear_lrelu, bench_train_step, report, rivals, scaling, support
 from bench.support import OpGroup, Outputs, Settings, Work
 from gankern import backend, gan_loss, linear_lrelu
 from gankern.cli.main import main
@@ -537,6 +537,60 @@ def test_the_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err.startswith("report: ")
     path.write_text("{}")
     assert report.main([str(path)]) == 1
+
+
+# --- scaling ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_model_of_many_gpus_has_the_numbers_made_by_hand() -> None:
+    link = scaling.Link(8, 450e9, 3e-6)
+    assert scaling.ring(1e9, link) == pytest.approx(2 * 7 / 8 * 1e9 / 450e9 + 14 * 3e-6) == pytest.approx(3.930889e-3)
+    assert scaling.ring(1e9, scaling.Link(1, 450e9, 3e-6)) == 0.0
+    # 5 updates of 1 000 critic parameters and one of 2 000 generator parameters: 4 000 and 8 000 bytes; 6 x 14 messages
+    assert scaling.reducing(1000, 2000, 5, link) == pytest.approx(1.75 * 28_000 / 450e9 + 84 * 3e-6)
+    assert scaling.efficiency(9.0, 1.0, overlap=False) == pytest.approx(0.9)
+    assert scaling.efficiency(9.0, 1.0, overlap=True) == 1.0
+    assert scaling.efficiency(3.0, 3.0, overlap=True) == pytest.approx(0.75)
+    assert scaling.parameters("gan") == (1_460_225, 1_486_352, 1)
+    assert scaling.parameters("wgan-gp")[2] == 5
+
+
+def test_the_fit_finds_the_line_and_weighs_relative_errors() -> None:
+    a, b = scaling.fit([16, 64, 256, 1024], [2e-3 + 1e-5 * n for n in (16, 64, 256, 1024)])
+    assert (a, b) == (pytest.approx(2e-3), pytest.approx(1e-5))
+    a, b = scaling.fit([1, 1000], [1.1e-3, 1e-2])  # two points: through both
+    assert a + b == pytest.approx(1.1e-3)
+    a, _ = scaling.fit([1, 10, 1000, 2000], [1e-3, 1e-3, 0.1, 0.4])  # absolute errors would put a at -0.018
+    assert 2e-4 < a < 2e-3
+
+
+def test_the_scaling_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    axes = (scaling.Axis("batch", "gan", (2, 4, 2**20)),)
+    monkeypatch.setattr(scaling, "AXES", axes)
+    monkeypatch.setattr(scaling, "ROUNDS", (1, 1))
+    run = tmp_path / "run.json"
+    row = {
+        "group": "train_step gan fp32 64",
+        "params": {"group": "gan fp32 64", "rival": "gankern"},
+        "stats": {"median": 1e-3, "iqr": 0},
+    }
+    run.write_text(json.dumps({"benchmarks": [{**row, "extra_info": {}}]}))
+    out, table, picture = (tmp_path / f"s.{end}" for end in ("json", "md", "png"))
+    words = ["--point-seconds", "20", "--measured", run, "--json", out, "--markdown", table, "--plot", picture]
+    assert scaling.main(list(map(str, words))) == 0
+    assert capsys.readouterr().out.strip() == table.read_text().strip()
+    points = json.loads(out.read_text())["points"]
+    assert [(p["axis"], p["value"], p["rival"]) for p in points] == [
+        (axis.title, value, rival) for axis in axes for value in axis.values for rival in ("eager-tuned", "gankern")
+    ]
+    assert [p["value"] for p in points if "skipped" in p] == [2**20, 2**20]
+    assert all(p["median"] > 0 for p in points if "skipped" not in p)
+    text = table.read_text()
+    assert "| 1048576 | skipped: would take about " in text
+    assert "- gankern: " in text
+    reduce = 1.75 * 4 * (1_460_225 + 1_486_352) / 450e9 + 28 * 3e-6
+    assert f"| gan fp32 64 | 1.00 ms | {1e-3 / (1e-3 + reduce):.0%} | 100% |" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 # --- gpu.sh ----------------------------------------------------------------------------------------------------------------
