@@ -3,10 +3,11 @@
 How a figure is made. pytest-benchmark runs one test after the other, so that a machine that slows down half-way would look like a
 speed-up. Here a group (one op, pass, dtype and size) is measured once, when its first row is asked for: every rival is checked
 against the definition, warmed up, and then sampled in turn, round after round, the order rotated. A sample is a fixed number of
-calls, about SAMPLE seconds long, between two reads of a clock that waits for the GPU. Each row of pytest-benchmark then *replays*
-its rival's samples: the timer that it is given hands out recorded durations, and the function that it "times" does nothing. So its
-table, --benchmark-json and --benchmark-compare work as ever, on alternated samples. With --benchmark-disable the gate of each row
-runs once, and nothing is measured.
+calls, about SAMPLE seconds long, between two reads of a clock that waits for the GPU. Garbage is collected before the first round
+and not again. Rivals share one heap: what one frees the next one uses, so that a rival is spared page faults that it has when it
+runs alone, eager most of all. Each row of pytest-benchmark then *replays* its rival's samples: the timer that it is given hands out
+recorded durations, and the function that it "times" does nothing. So its table, --benchmark-json and --benchmark-compare work as
+ever, on alternated samples. With --benchmark-disable the gate of each row runs once, and nothing is measured.
 """
 
 from __future__ import annotations
