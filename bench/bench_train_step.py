@@ -98,7 +98,7 @@ def batches(settings: Settings, preset: str) -> tuple[int, ...]:
     sizes = BATCHES[preset][settings.device.type == "cuda"]
     if not settings.smoke or settings.device.type == "cuda":
         return sizes
-    return (EXACT_BATCH,) if convolutional(preset) else tuple(n for n in sizes if n <= 256) or sizes[:1]
+    return (EXACT_BATCH,) if convolutional(preset) else tuple(n for n in sizes if n <= 64) or sizes[:1]
 
 
 def convolutional(preset: str) -> bool:
