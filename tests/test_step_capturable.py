@@ -160,15 +160,15 @@ class OnDevice(Capturable):
         return out
 
 
-MLP, CONV = {"gan_loss", "linear_lrelu_act"}, {"gan_loss", "bias_lrelu", "bn_lrelu"}
+CONV = {"gan_loss", "bias_lrelu", "bn_lrelu"}
 FUSED: dict[str, set[str]] = {
-    "gan": MLP | {"mlp_critic_pass"},
-    "cgan": MLP,
-    "wgan-gp": MLP | {"mlp_critic_pass"},
+    "gan": {"linear_lrelu_act", "mlp_critic_pass"},
+    "cgan": {"linear_lrelu_act", "gan_loss"},
+    "wgan-gp": {"linear_lrelu_act", "mlp_critic_pass"},
     "sngan": CONV | {"spectral_norm"},
     "dcgan-32": CONV,
     "dcgan-64": CONV,
-    "ctgan-like": MLP | {"mlp_critic_pass", "bn_lrelu"},
+    "ctgan-like": {"bn_lrelu", "mlp_critic_pass"},
 }
 
 

@@ -97,6 +97,9 @@ class Graph(Eager):
     lag = 1
 
     def __init__(self, trainer: Trainer, batches: Batches, steps: int = 1, capture: Capture | None = None) -> None:
+        problem = graph_problem(trainer, batches) if capture is None else ""
+        if problem:
+            raise RuntimeError(f"Graph: {problem}")
         super().__init__(trainer, batches)
         n, device = batches.batch_size, trainer.device
         self.steps = min(steps, len(batches.order) // n)
