@@ -17,7 +17,7 @@ from gankern.training.graph import Compile, Eager, Graph, Losses, graph_problem,
 from tests import small
 from tests.replay import Recording, record
 
-STEPS = {"sngan": 24, "dcgan-32": 24, "dcgan-64": 20}  # the others 200
+STEPS = {"sngan": 20, "dcgan-32": 20, "dcgan-64": 20}  # the others 200
 # All that a step may have, in one small GAN.
 FULL = {"clip_gradients": 0.5, "clip_weights": 0.3, "g_dropout": 0.2, "g_norm": "batch", "latent": "uniform", "n_critic": 2}
 
@@ -80,7 +80,7 @@ def test_replays_equal_eager_steps(preset: str) -> None:
 def test_replays_with_clipping_dropout_and_norms(backend_name: str) -> None:
     def both() -> None:
         eager, replayed = pair("gan", **FULL)
-        run(eager, 60), run(replayed, 60)
+        run(eager, 25), run(replayed, 25)
         assert differences(eager, replayed) == []
 
     if backend_name == "automatic":

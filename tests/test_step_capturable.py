@@ -115,7 +115,7 @@ def test_step_can_be_captured(preset: str, backend_name: str) -> None:
     else:
         with gankern.use_backend(backend_name):
             mode = walk(preset)
-    assert {"index_select", "_fused_adam_", "index_copy_", "_foreach_lerp_"} & set(mode.names) >= {"_fused_adam_", "index_copy_"}
+    assert {"index_select", "_fused_adam_", "index_copy_"} <= set(mode.names)  # the batch, the updates, the losses
     if backend_name == "reference":
         assert not any(name in dir(torch.ops.gankern) for name in mode.names)
 
@@ -133,8 +133,9 @@ def test_everything_at_once_can_be_captured(backend_name: str) -> None:
             walk("gan", **changes)
 
 
-@pytest.mark.parametrize("penalty", ["gp", "lp", "0gp", "dragan", "r1", "r2"])
-@pytest.mark.parametrize("preset", ["gan", "sngan"])
+@pytest.mark.parametrize(
+    ("preset", "penalty"), [*(("gan", p) for p in ("gp", "lp", "0gp", "dragan", "r1", "r2")), ("sngan", "gp"), ("sngan", "r1")]
+)
 def test_every_penalty_can_be_captured(preset: str, penalty: str) -> None:
     walk(preset, penalty=penalty, spectral_norm=preset == "sngan")
 
