@@ -101,6 +101,13 @@ def test_replays_of_the_reference_show_every_operator(preset: str, steps: int) -
     assert not any(func.namespace == "gankern" for func, *_ in recording.calls)
 
 
+@pytest.mark.parametrize("preset", ["gan", "sngan", "dcgan-32"])
+def test_replays_in_bfloat16(preset: str) -> None:
+    eager, replayed = pair(preset, precision="bf16")
+    run(eager, 8), run(replayed, 8)
+    assert differences(eager, replayed) == []
+
+
 def test_first_replay_is_the_first_step_of_a_continued_run() -> None:
     """Capture changes nothing: weights, buffers, optimisers, clock and random states are those of before."""
     settings = small.config("dcgan-32")
@@ -247,6 +254,10 @@ class OwnStep(Trainer):
 
 def test_reasons_against_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     t = small.trainer(small.config("gan"), capturable=True)
+    with pytest.raises(RuntimeError, match=r"^Graph: a graph needs CUDA, the trainer is on cpu$"):
+        Graph(t, small.batches(t.config))
+    with pytest.raises(ValueError, match=r"^Graph: steps must be a finite number >= 1, got 0$"):
+        Graph(t, small.batches(t.config), steps=0)
     stream = SimpleNamespace(resident=True)
     assert graph_problem(t, stream) == "a graph needs CUDA, the trainer is on cpu"  # type: ignore[arg-type]
     t.device = torch.device("cuda")

@@ -90,6 +90,7 @@ class Graph(Eager):
         capture: makes the graph: `cuda_graph`, or a stand-in that tests can do without a GPU.
 
     Raises:
+        ValueError, TypeError: steps is no int >= 1.
         RuntimeError, or whatever a capture raises: the step cannot be captured. The trainer is as it was then.
     """
 
@@ -97,6 +98,7 @@ class Graph(Eager):
     lag = 1
 
     def __init__(self, trainer: Trainer, batches: Batches, steps: int = 1, capture: Capture | None = None) -> None:
+        checks.integer("Graph", "steps", steps, 1)
         problem = graph_problem(trainer, batches) if capture is None else ""
         if problem:
             raise RuntimeError(f"Graph: {problem}")
