@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -163,6 +164,14 @@ def test_batch_of_another_size_goes_the_eager_way_between_replays() -> None:
     assert replayed.trainer.steps_done == 43
 
 
+def test_the_stream_tells_its_order_and_place() -> None:
+    stream = small.batches(small.config("gan"))
+    for _ in range(80):
+        first = stream.indices()
+        assert torch.equal(first, stream.order[stream.position - 6 : stream.position])
+    assert stream.epoch == 2
+
+
 def test_loaded_state_is_what_replays_go_on_from() -> None:
     eager, replayed = pair("gan")
     for engine in (eager, replayed):
@@ -225,6 +234,52 @@ def test_failed_capture_leaves_the_trainer_as_it_was() -> None:
     after = t.state_dict()
     assert all(torch.equal(v, after[k]) if isinstance(v, Tensor) else v == after[k] for k, v in before[0].items())
     assert stream.state_dict()["position"] == before[1]["position"]
+
+
+class FakeCuda:
+    """As much of torch.cuda as a capture asks for: notes what it is asked, and in which sync mode."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.notes: list[str] = []
+        self.mode: Any = 0
+        graph = SimpleNamespace(
+            register_generator_state=lambda rng: self.notes.append("register"), reset=lambda: self.notes.append("reset")
+        )
+        stream = SimpleNamespace(wait_stream=lambda other: self.notes.append("wait"))
+        for name, value in {
+            "device": lambda _: nullcontext(), "stream": lambda _: nullcontext(), "Stream": lambda: stream,
+            "CUDAGraph": lambda: graph, "current_stream": lambda: stream, "graph": self.capture,
+            "get_sync_debug_mode": lambda: self.mode,
+            "set_sync_debug_mode": lambda mode: setattr(self, "mode", mode),
+        }.items():  # fmt: skip
+            patch.setattr(torch.cuda, name, value)
+
+    @contextmanager
+    def capture(self, graph: Any, stream: Any) -> Iterator[None]:
+        self.notes.append("begin")
+        yield
+        self.notes.append("end")
+
+
+@pytest.mark.parametrize("failing", [0, 3, 4])
+def test_capture_warms_up_looks_for_waits_and_cleans_up(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of its calls; body number `failing` raises."""
+    cuda, runs = FakeCuda(monkeypatch), [0]
+
+    def body() -> None:
+        runs[0] += 1
+        cuda.notes.append(f"body {cuda.mode}")
+        if runs[0] == failing:
+            raise RuntimeError("not permitted")
+
+    t: Any = SimpleNamespace(device=torch.device("cuda"), rng=None)
+    with pytest.raises(RuntimeError, match="not permitted") if failing else nullcontext():
+        engines.cuda_graph(body, lambda: cuda.notes.append("rewind"), t)
+    assert cuda.mode == 0
+    want = ["wait", *["rewind", "body 0"] * 2, "rewind", "body error"]
+    if failing != 3:
+        want += ["wait", "register", "begin", "body 0", "reset" if failing else "end"]
+    assert cuda.notes == want
 
 
 def test_make_takes_what_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
