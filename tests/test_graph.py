@@ -17,7 +17,7 @@ from gankern.training.graph import Compile, Eager, Graph, Losses, graph_problem,
 from tests import small
 from tests.replay import Recording, record
 
-STEPS = {"sngan": 24, "dcgan-32": 24, "dcgan-64": 20}  # the others 200
+STEPS = {"sngan": 20, "dcgan-32": 20, "dcgan-64": 20}  # the others 200
 # All that a step may have, in one small GAN.
 FULL = {"clip_gradients": 0.5, "clip_weights": 0.3, "g_dropout": 0.2, "g_norm": "batch", "latent": "uniform", "n_critic": 2}
 
@@ -80,7 +80,7 @@ def test_replays_equal_eager_steps(preset: str) -> None:
 def test_replays_with_clipping_dropout_and_norms(backend_name: str) -> None:
     def both() -> None:
         eager, replayed = pair("gan", **FULL)
-        run(eager, 60), run(replayed, 60)
+        run(eager, 25), run(replayed, 25)
         assert differences(eager, replayed) == []
 
     if backend_name == "automatic":
@@ -99,6 +99,13 @@ def test_replays_of_the_reference_show_every_operator(preset: str, steps: int) -
     assert differences(eager, replayed) == []
     recording: Any = replayed.replays[1][0]
     assert not any(func.namespace == "gankern" for func, *_ in recording.calls)
+
+
+@pytest.mark.parametrize("preset", ["gan", "sngan", "dcgan-32"])
+def test_replays_in_bfloat16(preset: str) -> None:
+    eager, replayed = pair(preset, precision="bf16")
+    run(eager, 8), run(replayed, 8)
+    assert differences(eager, replayed) == []
 
 
 def test_first_replay_is_the_first_step_of_a_continued_run() -> None:
@@ -247,6 +254,10 @@ class OwnStep(Trainer):
 
 def test_reasons_against_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     t = small.trainer(small.config("gan"), capturable=True)
+    with pytest.raises(RuntimeError, match=r"^Graph: a graph needs CUDA, the trainer is on cpu$"):
+        Graph(t, small.batches(t.config))
+    with pytest.raises(ValueError, match=r"^Graph: steps must be a finite number >= 1, got 0$"):
+        Graph(t, small.batches(t.config), steps=0)
     stream = SimpleNamespace(resident=True)
     assert graph_problem(t, stream) == "a graph needs CUDA, the trainer is on cpu"  # type: ignore[arg-type]
     t.device = torch.device("cuda")

@@ -243,9 +243,10 @@ def fit(preset: str, ready: Ready) -> int:
             if last or step % config.log_every == 0:
                 reporter.log()
             saving = last or bool(config.checkpoint_every and step % config.checkpoint_every == 0)
-            if saving and reporter.settle():
+            drawing = last or bool(config.sample_every and step % config.sample_every == 0)
+            if (saving or drawing) and reporter.settle():
                 break  # never saved: the last checkpoint stays good
-            if last or (config.sample_every and step % config.sample_every == 0):
+            if drawing:
                 reporter.sample(f"fakes{step:06d}.png")
             if saving:
                 reporter.save()
