@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -78,10 +78,12 @@ BF16 = 5e-2  # bfloat16 keeps 8 bits: 4e-3 a rounding, through ten layers and th
 EXACT_BATCH = 2  # of convolutions in float64 on a CPU; and of the gate under --benchmark-disable
 
 
-def groups(settings: Settings) -> list[Group]:
-    on_gpu = settings.device.type == "cuda"
-    made: list[Group] = [TrainStep(settings, p, batch) for p in BATCHES for batch in batches(settings, p)]
-    return [*made, TrainStep(settings, "dcgan-64", 128, "bf16")] if on_gpu else made
+def groups(settings: Settings, presets: Sequence[str] = tuple(BATCHES), sizes: Sequence[int] = ()) -> list[Group]:
+    """All groups; or those of some presets, at these batch sizes instead of the usual ones."""
+    made: list[Group] = [TrainStep(settings, p, batch) for p in presets for batch in sizes or batches(settings, p)]
+    if settings.device.type == "cuda" and "dcgan-64" in presets and not sizes:
+        made.append(TrainStep(settings, "dcgan-64", 128, "bf16"))
+    return made
 
 
 def batches(settings: Settings, preset: str) -> tuple[int, ...]:
@@ -101,9 +103,11 @@ def bench_train_step(row: Callable[[], None]) -> None:
 
 
 class TrainStep(Group):
+    """One preset at one batch size; `changes` are other settings of its TrainConfig."""
+
     memory = True
 
-    def __init__(self, settings: Settings, preset: str, batch: int, dtype: str = "fp32") -> None:
+    def __init__(self, settings: Settings, preset: str, batch: int, dtype: str = "fp32", **changes: Any) -> None:
         on_gpu = settings.device.type == "cuda"
         sizes = BATCHES[preset][on_gpu]
         usual = (batch == sizes[min(1, len(sizes) - 1)] and (on_gpu or not convolutional(preset))) or dtype == "bf16"
@@ -113,7 +117,7 @@ class TrainStep(Group):
         del self.work  # counted when it is first asked for
         self.preset, self.batch = preset, batch
         self.shape = SHAPES.get(preset, SHAPE)
-        self.config = dataclasses.replace(PRESETS[preset].config, batch_size=batch, ema=0.0, precision=dtype)
+        self.config = dataclasses.replace(PRESETS[preset].config, batch_size=batch, ema=0.0, precision=dtype, **changes)
         self.wanted: dict[tuple[int, bool], Outputs] = {}
 
     def context(self, rival: str) -> AbstractContextManager[Any]:

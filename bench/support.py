@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -338,7 +337,7 @@ class Products(TorchDispatchMode):
         return out
 
 
-# --- the rows of pytest-benchmark ------------------------------------------------------------------------------------------
+# --- one run ---------------------------------------------------------------------------------------------------------------
 
 _recorded: deque[float] = deque()
 
@@ -348,7 +347,8 @@ def replayed_clock() -> float:
     return _recorded.popleft()
 
 
-BENCHMARK = pytest.mark.benchmark(timer=replayed_clock)
+class TimeIsUp(Exception):
+    """The session's limit was reached before this group."""
 
 
 class Measured(NamedTuple):
@@ -411,8 +411,35 @@ class Session:
         self.measured: dict[tuple[str, str], Measured] = {}
         self.rows: list[dict[str, Any]] = []
 
-    def row(self, benchmark: Any, file: str, name: str, rival: str) -> None:
-        """One row: replay the samples of this rival, or, with --benchmark-disable, run its gate once."""
+    def measure(self, file: str, name: str) -> Measured:
+        """The samples of a group, taken when they are first asked for.
+
+        Raises:
+            TimeIsUp: too late to begin with it.
+        """
+        if (file, name) not in self.measured:
+            if time.monotonic() > self.deadline:
+                raise TimeIsUp
+            self.measured[file, name] = measure(self.groups[file, name], self.settings.rounds)
+        return self.measured[file, name]
+
+    def result(self, file: str, name: str, rival: str) -> dict[str, Any]:
+        """The row of one rival, whose group is measured for it; also kept for the summary.
+
+        Raises:
+            TimeIsUp: as `measure` does.
+            Exception: what this rival's gate, or its work, raised.
+        """
+        measured = self.measure(file, name)
+        if rival in measured.problems:
+            raise measured.problems[rival]
+        low, median, high = quartiles(measured.samples[rival])
+        row = {"file": file, "group": name, "rival": rival, "median": median, "iqr": high - low}
+        self.rows.append(row | self.facts(self.groups[file, name], rival, measured))
+        return self.rows[-1]
+
+    def replay(self, benchmark: Any, file: str, name: str, rival: str) -> None:
+        """One row of pytest-benchmark: the recorded samples, or, with --benchmark-disable, the gate once."""
         group = self.groups[file, name]
         benchmark.group = f"{file} {name}"
         if not benchmark.enabled:
@@ -421,24 +448,16 @@ class Session:
             finally:
                 group.close()
             return
-        if (file, name) not in self.measured:
-            if time.monotonic() > self.deadline:
-                pytest.skip("the time limit of --bench-seconds was reached before this group")
-            self.measured[file, name] = measure(group, self.settings.rounds)
-        samples, inner, problems, _ = self.measured[file, name]
-        if rival in problems:
-            raise problems[rival]
-        benchmark.extra_info.update(self.facts(group, rival, self.measured[file, name]))
+        row, measured = self.result(file, name, rival), self.measured[file, name]
+        benchmark.extra_info.update(extra_info(row))
+        samples, inner = measured.samples[rival], measured.inner[rival]
         _recorded.clear()
-        for seconds in samples[rival]:
-            _recorded.extend((0.0, seconds * inner[rival]))
-        benchmark.pedantic(lambda: None, rounds=len(samples[rival]), iterations=inner[rival])
-        low, _, high = quartiles(samples[rival])
-        row = {"file": file, "group": name, "rival": rival, "median": statistics.median(samples[rival]), "iqr": high - low}
-        self.rows.append(row | benchmark.extra_info)
+        for seconds in samples:
+            _recorded.extend((0.0, seconds * inner))
+        benchmark.pedantic(lambda: None, rounds=len(samples), iterations=inner)
 
     def facts(self, group: Group, rival: str, measured: Measured) -> dict[str, Any]:
-        """extra_info of one row."""
+        """What a row has besides its time."""
         median, work = statistics.median(measured.samples[rival]), group.work
         facts: dict[str, Any] = {
             "ratio_to_eager": statistics.median(measured.samples[EAGER]) / median,
@@ -460,6 +479,11 @@ class Session:
                 "share_of_floor": floor / median,
             }
         return facts
+
+
+def extra_info(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a row that pytest-benchmark does not know."""
+    return {key: value for key, value in row.items() if key not in ("file", "group", "rival", "median", "iqr")}
 
 
 def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:

@@ -458,7 +458,7 @@ def test_gankern_itself(capsys: Capture) -> None:
     assert all(name in listed for name in PRESETS)
     assert train_main(["--help"]) == 0
     assert "gan " in capsys.readouterr().out
-    assert "command must be train, sample, presets or doctor, got 'fly'" in refused(capsys, main(["fly"]), "gankern")
+    assert "command must be train, sample, presets, doctor or bench, got 'fly'" in refused(capsys, main(["fly"]), "gankern")
 
 
 def sample(run: Path, out: Path, *flags: str) -> int:
