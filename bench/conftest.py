@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import report
-from bench.support import BENCHMARK, COMPILE, Session, Settings, machine
+from bench.support import COMPILE, Session, Settings, TimeIsUp, machine, replayed_clock
 from gankern import backend
 
 SESSION = pytest.StashKey[Session]()
@@ -58,7 +58,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     if "row" in getattr(item, "fixturenames", ()):
-        item.add_marker(BENCHMARK)
+        item.add_marker(pytest.mark.benchmark(timer=replayed_clock))
 
 
 @pytest.fixture
@@ -66,7 +66,14 @@ def row(request: pytest.FixtureRequest, benchmark: Any, group: str, rival: str) 
     """Call it to measure this row (or to replay it, where its group has been measured)."""
     file = request.module.__name__.rpartition(".")[2].removeprefix("bench_")
     session = request.config.stash[SESSION]
-    return lambda: session.row(benchmark, file, group, rival)
+
+    def measure_and_replay() -> None:
+        try:
+            session.replay(benchmark, file, group, rival)
+        except TimeIsUp:
+            pytest.skip("the time limit of --bench-seconds was reached before this group")
+
+    return measure_and_replay
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -79,6 +86,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     rows = config.stash[SESSION].rows
     if rows:
         terminalreporter.section("ratio to eager, worst first (medians of alternating samples)")
-        for line in report.short_table(rows):
+        for line in (*report.short_table(rows), report.counts(rows), *report.beaten(rows)):
             terminalreporter.write_line(line)
-        terminalreporter.write_line(report.counts(rows))

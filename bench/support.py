@@ -14,17 +14,20 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import math
+import os
 import statistics
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import gankern
 from gankern import backend, use_backend
@@ -36,6 +39,7 @@ AUTOMATIC = "gankern"  # what a user gets; "gankern-<backend>" is a forced one
 SAMPLE = 5e-4  # seconds that a sample lasts at least
 ROUNDS = (15, 301)  # fewest and most rounds, between which the time budget of a group decides
 BUDGET = {"cpu": 1.5, "cuda": 0.25}  # seconds of samples for one group
+SLOW = (6.0, 5)  # a group whose fewest rounds would take so many seconds makes as many as fit into them, but so many at least
 
 # Largest ||got - want|| / ||want|| against float64 that may be timed.
 TOLERANCE = {"fp32": 1e-5, "tf32": 2e-3, "bf16": 2e-2}
@@ -71,9 +75,11 @@ class Group:
         work: what each of them must do.
         dtype: "fp32", "tf32" or "bf16".
         grad: False runs it under no_grad.
+        memory: whether the memory of a call is measured too.
     """
 
     grad = True
+    memory = False
 
     def __init__(self, name: str, rivals: Sequence[str], work: Work, dtype: str, device: torch.device) -> None:
         self.name, self.rivals, self.work, self.dtype, self.device = name, tuple(rivals), work, dtype, device
@@ -240,6 +246,51 @@ def calls_per_sample(call: Callable[[], object], device: torch.device, seconds: 
     return inner, took
 
 
+# --- memory ----------------------------------------------------------------------------------------------------------------
+
+
+def extra_memory(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes that one call takes from PyTorch's allocator at its peak, above what lives between calls.
+
+    CUDA: the allocator's own count. CPU: the allocations that torch.profiler records; scratch memory of oneDNN is not among them.
+    The call must have been warmed up. A CUDA graph allocates when it is captured and not here.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()  # so that what the next call frees has been seen to be allocated
+        with record_function("measured"):
+            call()
+    events = sorted(recorded.profiler.kineto_results.events(), key=lambda e: e.start_ns())  # type: ignore[union-attr]
+    start = next(e.start_ns() for e in events if e.name() == "measured")
+    level, before, peak = 0, 0, 0
+    for event in events:
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            if event.start_ns() < start:
+                before = peak = level
+            peak = max(peak, level)
+    return peak - before
+
+
+@contextmanager
+def without_stderr() -> Iterator[None]:
+    """Kineto writes there when it starts and stops."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 # --- the ceilings ----------------------------------------------------------------------------------------------------------
 
 
@@ -269,7 +320,24 @@ class Ceilings:
         return max(work.bytes / bandwidth, work.flops / rate)
 
 
-# --- the rows of pytest-benchmark ------------------------------------------------------------------------------------------
+class Products(TorchDispatchMode):
+    """Counts the flops of matrix products and convolutions, two a multiplication.
+
+    By the formulas of torch's FlopCounterMode, whose own hooks fail inside autograd.grad.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------------
 
 _recorded: deque[float] = deque()
 
@@ -279,15 +347,17 @@ def replayed_clock() -> float:
     return _recorded.popleft()
 
 
-BENCHMARK = pytest.mark.benchmark(timer=replayed_clock)
+class TimeIsUp(Exception):
+    """The session's limit was reached before this group."""
 
 
 class Measured(NamedTuple):
-    """Samples of a group (seconds a call), its calls a sample, and what went wrong with rivals that have none."""
+    """Samples of a group (seconds a call), its calls a sample, what went wrong with rivals that have none, and extra_memory."""
 
     samples: dict[str, list[float]]
     inner: dict[str, int]
     problems: dict[str, Exception]
+    memory: dict[str, int]
 
 
 def check(group: Group, rival: str) -> None:
@@ -301,6 +371,7 @@ def measure(group: Group, rounds: int = 0) -> Measured:
     calls: dict[str, Callable[[], object]] = {}
     inner: dict[str, int] = {}
     problems: dict[str, Exception] = {}
+    memory: dict[str, int] = {}
     total = 0.0
     try:
         for name in group.rivals:
@@ -309,17 +380,24 @@ def measure(group: Group, rounds: int = 0) -> Measured:
                 with group.context(name):
                     call = group.build(name)
                     inner[name], took = calls_per_sample(call, group.device)
+                    if group.memory and not name.endswith("-graph"):
+                        memory[name] = extra_memory(call, group.device)
                 calls[name] = call
                 total += inner[name] * took
             except Exception as problem:
                 problems[name] = problem
         if EAGER not in calls:
-            return Measured({}, {}, {n: problems.get(n, problems[EAGER]) for n in group.rivals})
-        low, high = ROUNDS
-        rounds = rounds or min(high, max(low, int(BUDGET[group.device.type] / total)))
-        return Measured(alternate(calls, rounds, inner, device=group.device, context=group.context), inner, problems)
+            return Measured({}, {}, {n: problems.get(n, problems[EAGER]) for n in group.rivals}, {})
+        rounds = rounds or rounds_for(total, BUDGET[group.device.type])
+        return Measured(alternate(calls, rounds, inner, device=group.device, context=group.context), inner, problems, memory)
     finally:
         group.close()
+
+
+def rounds_for(seconds: float, budget: float) -> int:
+    """How many rounds of so many seconds each."""
+    (low, high), (slow, fewest) = ROUNDS, SLOW
+    return max(fewest, min(low, int(slow / seconds)), min(high, int(budget / seconds)))
 
 
 class Session:
@@ -333,8 +411,35 @@ class Session:
         self.measured: dict[tuple[str, str], Measured] = {}
         self.rows: list[dict[str, Any]] = []
 
-    def row(self, benchmark: Any, file: str, name: str, rival: str) -> None:
-        """One row: replay the samples of this rival, or, with --benchmark-disable, run its gate once."""
+    def measure(self, file: str, name: str) -> Measured:
+        """The samples of a group, taken when they are first asked for.
+
+        Raises:
+            TimeIsUp: too late to begin with it.
+        """
+        if (file, name) not in self.measured:
+            if time.monotonic() > self.deadline:
+                raise TimeIsUp
+            self.measured[file, name] = measure(self.groups[file, name], self.settings.rounds)
+        return self.measured[file, name]
+
+    def result(self, file: str, name: str, rival: str) -> dict[str, Any]:
+        """The row of one rival, whose group is measured for it; also kept for the summary.
+
+        Raises:
+            TimeIsUp: as `measure` does.
+            Exception: what this rival's gate, or its work, raised.
+        """
+        measured = self.measure(file, name)
+        if rival in measured.problems:
+            raise measured.problems[rival]
+        low, median, high = quartiles(measured.samples[rival])
+        row = {"file": file, "group": name, "rival": rival, "median": median, "iqr": high - low}
+        self.rows.append(row | self.facts(self.groups[file, name], rival, measured))
+        return self.rows[-1]
+
+    def replay(self, benchmark: Any, file: str, name: str, rival: str) -> None:
+        """One row of pytest-benchmark: the recorded samples, or, with --benchmark-disable, the gate once."""
         group = self.groups[file, name]
         benchmark.group = f"{file} {name}"
         if not benchmark.enabled:
@@ -343,32 +448,26 @@ class Session:
             finally:
                 group.close()
             return
-        if (file, name) not in self.measured:
-            if time.monotonic() > self.deadline:
-                pytest.skip("the time limit of --bench-seconds was reached before this group")
-            self.measured[file, name] = measure(group, self.settings.rounds)
-        samples, inner, problems = self.measured[file, name]
-        if rival in problems:
-            raise problems[rival]
-        benchmark.extra_info.update(self.facts(group, rival, samples, inner))
+        row, measured = self.result(file, name, rival), self.measured[file, name]
+        benchmark.extra_info.update(extra_info(row))
+        samples, inner = measured.samples[rival], measured.inner[rival]
         _recorded.clear()
-        for seconds in samples[rival]:
-            _recorded.extend((0.0, seconds * inner[rival]))
-        benchmark.pedantic(lambda: None, rounds=len(samples[rival]), iterations=inner[rival])
-        low, _, high = quartiles(samples[rival])
-        row = {"file": file, "group": name, "rival": rival, "median": statistics.median(samples[rival]), "iqr": high - low}
-        self.rows.append(row | benchmark.extra_info)
+        for seconds in samples:
+            _recorded.extend((0.0, seconds * inner))
+        benchmark.pedantic(lambda: None, rounds=len(samples), iterations=inner)
 
-    def facts(self, group: Group, rival: str, samples: dict[str, list[float]], inner: dict[str, int]) -> dict[str, Any]:
-        """extra_info of one row."""
-        median, work = statistics.median(samples[rival]), group.work
+    def facts(self, group: Group, rival: str, measured: Measured) -> dict[str, Any]:
+        """What a row has besides its time."""
+        median, work = statistics.median(measured.samples[rival]), group.work
         facts: dict[str, Any] = {
-            "ratio_to_eager": statistics.median(samples[EAGER]) / median,
+            "ratio_to_eager": statistics.median(measured.samples[EAGER]) / median,
             "dtype": group.dtype,
             "device": group.device.type,
             "threads": torch.get_num_threads(),
-            "calls_per_sample": inner[rival],
+            "calls_per_sample": measured.inner[rival],
         }
+        if rival in measured.memory:
+            facts["extra_memory_bytes"] = measured.memory[rival]
         if work.images:
             facts["images_per_s"] = work.images / median
         if work.bytes:
@@ -380,6 +479,11 @@ class Session:
                 "share_of_floor": floor / median,
             }
         return facts
+
+
+def extra_info(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a row that pytest-benchmark does not know."""
+    return {key: value for key, value in row.items() if key not in ("file", "group", "rival", "median", "iqr")}
 
 
 def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:

@@ -17,10 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import bench_gan_loss, bench_linear_lrelu, bench_train_step, report, support
+from bench import bench_gan_loss, bench_linear_lrelu, bench_train_step, report, rivals, support
 from bench.support import OpGroup, Outputs, Settings, Work
 from gankern import backend, gan_loss, linear_lrelu
+from gankern.cli.main import main
 from gankern.ops.gan_loss import GanLoss
+from gankern.training import PRESETS
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -104,7 +106,7 @@ def test_a_slowing_machine_does_not_change_the_ratio(monkeypatch: pytest.MonkeyP
 
 def test_a_wrong_rival_has_no_number() -> None:
     group = Doubling()
-    samples, inner, problems = support.measure(group, rounds=3)
+    samples, inner, problems, _ = support.measure(group, rounds=3)
     assert set(samples) == set(inner) == {"eager", "right"}
     assert all(len(values) == 3 for values in samples.values())
     assert set(problems) == {"wrong"}
@@ -116,9 +118,26 @@ def test_a_wrong_rival_has_no_number() -> None:
 def test_nothing_is_measured_where_eager_itself_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     group = Doubling()
     monkeypatch.setattr(group, "expected", lambda inputs64, got: {"y": 3 * inputs64[0]})
-    samples, _, problems = support.measure(group, rounds=1)
+    samples, _, problems, _ = support.measure(group, rounds=1)
     assert samples == {}
     assert set(problems) == {"eager", "right", "wrong"}
+
+
+def test_extra_memory_is_the_peak_of_a_call_above_what_stays() -> None:
+    kept: list[Tensor] = []
+
+    def call() -> None:
+        first = torch.empty(1000)
+        second = torch.empty(500)
+        del first
+        kept[:] = [torch.empty(250), second]  # in the place of as many bytes, which this frees after
+
+    call()
+    assert support.extra_memory(call, CPU) == 4 * 1500
+
+
+def test_slow_groups_make_fewer_rounds() -> None:
+    assert [support.rounds_for(s, 1.5) for s in (1e-4, 0.01, 0.1, 0.4, 1.0, 5.0)] == [301, 150, 15, 15, 6, 5]
 
 
 @pytest.mark.parametrize(
@@ -185,18 +204,46 @@ def test_exact_inputs_leave_no_sign_to_rounding() -> None:
         assert all(torch.equal(t.bfloat16().float(), t) for t in (x, weight, bias))
 
 
-def test_the_whole_step_agrees_and_a_wrong_rate_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    group = bench_train_step.groups(Settings(CPU))[0]
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_whole_step_of_each_preset_agrees(preset: str) -> None:
+    """At the sizes of --benchmark-disable, the smallest; the rate of the critic three times as high must be seen."""
+    group = next(g for g in bench_train_step.groups(Settings(CPU, smoke=True)) if g.name.startswith(f"{preset} "))
+    assert isinstance(group, bench_train_step.TrainStep)
+    assert group.rivals == ("eager", "eager-tuned", "gankern")
     for rival in group.rivals:
         group.check(rival)
-    real = bench_train_step.gankern
+    wrong = dataclasses.replace(group.gate_config, lr_d=3 * group.config.lr_d)
+    losses = group.losses(group.make("gankern", wrong, torch.float32, group.batch))
+    with pytest.raises(AssertionError, match="losses: relative error"):
+        support.assert_close(losses, group.wanted[group.batch, group.config.spectral_norm], bench_train_step.KINKED)
 
-    def other_rate(setting: bench_train_step.Setting) -> bench_train_step.Step:
-        return real(setting._replace(config=dataclasses.replace(setting.config, lr_d=1e-3)))
 
-    monkeypatch.setattr(bench_train_step, "gankern", other_rate)
-    with pytest.raises(AssertionError, match="d_loss: relative error"):
-        group.check("gankern")
+def test_a_rival_with_another_penalty_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = next(g for g in bench_train_step.groups(Settings(CPU)) if g.name == "ctgan-like fp32 100")
+    group.check("eager-tuned")
+    real = rivals.distance
+    monkeypatch.setattr(rivals, "distance", lambda config, gradient, packs: real(config, gradient, packs // 2))
+    with pytest.raises(AssertionError, match="losses: relative error"):
+        group.check("eager-tuned")
+
+
+@pytest.mark.parametrize("preset", ["gan", "wgan-gp"])
+def test_the_work_of_a_step_is_that_of_its_products(preset: str) -> None:
+    group = next(g for g in bench_train_step.groups(Settings(CPU)) if g.name == f"{preset} fp32 16")
+    generator, critic = [(100, 256), (256, 512), (512, 1024), (1024, 784)], [(784, 1024), (1024, 512), (512, 256), (256, 1)]
+    g, d = sum(a * b for a, b in generator), sum(a * b for a, b in critic)
+    first_g, first_d = 100 * 256, 784 * 1024
+    step = 3 * g - first_g + 2 * d  # the generator there and back, and through the critic
+    if preset == "gan":
+        step += 2 * (3 * d - first_d)
+        assert group.work.flops == 2 * 16 * step
+    else:  # five critic updates with real, fake and the penalty's graph, which also has products that are zero
+        step += 4 * g + 5 * (2 * (3 * d - first_d) + 4 * d)
+        assert 2 * 16 * step < group.work.flops < 1.2 * 2 * 16 * step
+    parameters = (sum(a * b + b for a, b in generator), sum(a * b + b for a, b in critic))
+    n = 5 if preset == "wgan-gp" else 1
+    assert group.work.bytes == 24 * (parameters[0] + n * parameters[1]) + 4 * 784 * 16 * n
+    assert group.work.images == 16 * n
 
 
 def test_the_triton_interpreter_is_never_timed() -> None:
@@ -269,6 +316,88 @@ def test_a_forced_backend_and_a_passed_limit_are_said() -> None:
     assert "the time limit of --bench-seconds was reached" in done.stdout
 
 
+# --- gankern bench -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_measures_and_writes(
+    run: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, table, picture = tmp_path / "b.json", tmp_path / "b.md", tmp_path / "b.png"
+    files = ["--json", str(out), "--markdown", str(table), "--plot", str(picture)]
+    assert main(["bench", "--preset", "gan", "--batch", "2", "4", "--rounds", "2", "--device", "cpu", *files]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[0].split() == ["group", "eager", "gankern", "eager-tuned"]
+    assert "automatic choice: 2 groups" in printed.out
+    assert printed.err == "1/2 train_step gan fp32 2\n2/2 train_step gan fp32 4\n"
+    assert "| gan fp32 2 |" in table.read_text()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    result, of_pytest = json.loads(out.read_text()), json.loads(run[0].read_text())
+    assert result.keys() >= {"machine_info", "commit_info", "datetime", "version", "benchmarks"}
+    assert result["machine_info"].keys() <= of_pytest["machine_info"].keys()
+    ours, theirs = result["benchmarks"], of_pytest["benchmarks"][0]
+    assert [b["param"] for b in ours] == [f"gan-fp32-{n}-{r}" for n in (2, 4) for r in ("eager", "eager-tuned", "gankern")]
+    assert ours[0].keys() == theirs.keys()
+    assert ours[0]["stats"].keys() == theirs["stats"].keys()
+    for b in ours:
+        assert b["stats"]["rounds"] == len(b["stats"]["data"]) == 2
+        assert b["stats"]["min"] <= b["stats"]["q1"] <= b["stats"]["median"] <= b["stats"]["q3"] <= b["stats"]["max"]
+        assert b["fullname"] == f"bench/bench_train_step.py::bench_train_step[{b['param']}]"
+        assert b["extra_info"]["extra_memory_bytes"] > 0
+        assert b["extra_info"]["images_per_s"] == pytest.approx(
+            b["extra_info"]["ratio_to_eager"]
+            * int(b["group"].split()[-1])
+            / (next(e for e in ours if e["group"] == b["group"])["stats"]["median"])
+        )
+    assert report.main([str(out)]) == 0
+    assert capsys.readouterr().out.strip() == printed.out.strip()
+
+
+def test_the_command_says_what_failed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def wrong(setting: rivals.Setting) -> rivals.Step:
+        return rivals.tuned(setting._replace(config=dataclasses.replace(setting.config, lr_d=1e-2)))
+
+    monkeypatch.setitem(bench_train_step.MAKE, "eager-tuned", wrong)
+    assert main(["bench", "--preset", "gan", "--batch", "2", "--rounds", "1", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split() == ["group", "eager", "gankern"]
+    assert out[-1].startswith("failed: train_step gan fp32 2 eager-tuned: AssertionError: losses: relative error")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--preset", "fly"], "--preset must be one of gan, cgan, wgan-gp, sngan, dcgan-32, dcgan-64, ctgan-like, got 'fly'"),
+        (["--op", "fly"], "--op must be one of bias_lrelu, "),
+        (["--batch", "1"], "--batch must be >= 2, got 1"),
+        (["--batch", "64"], "--batch must be a multiple of 10, the samples in a pack of ctgan-like, got 64"),
+        (["--op", "gan_loss", "--batch", "64"], "--batch must come with a --preset: an op has sizes of its own"),
+        (["--rounds", "-1"], "--rounds must be >= 0, got -1"),
+        (["--op", "gan_loss", "--plot", "x.png"], "--plot must come with a training step: name a --preset"),
+        (["--json", "nowhere/x.json"], "nowhere must be a folder that exists, got 'nowhere/x.json'"),
+        (["--device", "fly"], "device must be auto, cpu or cuda[:number], got 'fly'"),
+    ],
+)
+def test_the_command_refuses(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *words]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"gankern bench: {sentence}")
+    assert printed.err.count("\n") == 1
+
+
+def test_the_command_without_a_checkout_or_with_a_forced_backend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with backend.use_backend("reference"):
+        assert main(["bench"]) == 2
+    assert capsys.readouterr().err == "gankern bench: GANKERN_BACKEND must be unset for benches, got 'reference'\n"
+    monkeypatch.setattr("gankern.cli.bench.ROOT", tmp_path)
+    assert main(["bench"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("gankern bench: the benches must be beside the package, and an installed package has none: clone ")
+    assert printed.count("\n") == 1
+
+
 # --- reports ---------------------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +463,39 @@ def test_the_markdown_names_the_machine_and_every_row() -> None:
     runs[1]["machine_info"]["gankern"]["torch"] = "2.12.1"
     with pytest.raises(ValueError, match="one machine"):
         report.markdown(runs)
+
+
+def test_rivals_that_beat_the_automatic_choice_are_listed() -> None:
+    rows = report.rows(made_up("won", 1.0)) + report.rows(made_up("even", 2.04)) + report.rows(made_up("lost", 2.5))
+    assert report.beaten(rows) == ["lost forward 16: gankern has 0.80x the speed of eager"]
+
+
+def test_the_markdown_has_share_and_memory_of_each_rival() -> None:
+    text = report.markdown([made_up("step", share_of_floor=0.256, extra_memory_bytes=3 * 2**19)])
+    assert "| group | eager | compile | gankern |\n| --- | --- | --- | --- |\n| forward 16 | 26%, 1.5 MiB | 26%, 1.5 MiB |" in text
+
+
+def test_the_plot_has_a_panel_for_each_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: figures.append(figure))
+    speeds = {"gan fp32 16": 2.0, "gan fp32 64": 1.5, "dcgan-64 bf16 128": 3.0}
+    rows = [
+        {"file": "train_step", "group": group, "rival": rival, "ratio_to_eager": value if rival == "gankern" else 1.0}
+        for group, value in speeds.items()
+        for rival in ("eager", "gankern")
+    ]
+    report.plot([*rows, {"file": "gan_loss", "group": "forward 16", "rival": "eager", "ratio_to_eager": 1.0}], tmp_path / "p.png")
+    (figure,) = figures
+    assert [axes.get_title() for axes in figure.axes] == ["gan", "dcgan-64 bf16"]
+    even, ours = figure.axes[0].lines
+    assert list(even.get_ydata()) == [1.0, 1.0]
+    assert (list(ours.get_xdata()), list(ours.get_ydata())) == ([16, 64], [2.0, 1.5])
+    assert figure.axes[0].get_xscale() == "log"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["eager", "gankern"]
+    with pytest.raises(ValueError, match="rows of train_step, got none"):
+        report.plot([], tmp_path / "p.png")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from gankern.cli.common import Refused
 from gankern.cli.main import main, train_main
 from gankern.cli.probes import PROBES
 from gankern.ops import gan_loss, linear_lrelu
-from gankern.training import PRESETS, TrainConfig, checkpoint
+from gankern.training import PRESETS, TrainConfig, checkpoint, precision
 from gankern.training.graph import Graph
 from gankern.training.trainer import Trainer
 from tests.replay import record
@@ -310,6 +310,19 @@ def test_graph_engine_saves_nothing_after_a_divergence(images: Path, tmp_path: P
     assert not (run / "log.jsonl").exists()
 
 
+@pytest.mark.parametrize("cost", [1.5, 0.5])
+def test_bf16_that_costs_more_is_said(
+    cost: float, images: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 0.01 < precision.bf16_cost(torch.device("cpu")) < 100
+    monkeypatch.setattr(precision, "bf16_cost", lambda device: cost)
+    flags = ["--precision", "bf16", "--steps", "2"]
+    assert train_main(["gan", "--data", str(images), "--outdir", str(tmp_path), *TINY, *flags]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    words = "note: bfloat16 products take 1.5 times as long as float32 ones on this CPU; --precision fp32 is faster"
+    assert notes == ([words] if cost > 1 else [])
+
+
 def test_engine_that_falls_back_says_why_once(
     images: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -458,7 +471,7 @@ def test_gankern_itself(capsys: Capture) -> None:
     assert all(name in listed for name in PRESETS)
     assert train_main(["--help"]) == 0
     assert "gan " in capsys.readouterr().out
-    assert "command must be train, sample, presets or doctor, got 'fly'" in refused(capsys, main(["fly"]), "gankern")
+    assert "command must be train, sample, presets, doctor or bench, got 'fly'" in refused(capsys, main(["fly"]), "gankern")
 
 
 def sample(run: Path, out: Path, *flags: str) -> int:

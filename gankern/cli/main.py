@@ -1,4 +1,4 @@
-"""Entry points: `gankern train|sample|presets|doctor` and `gankern-train`."""
+"""Entry points: `gankern train|sample|presets|doctor|bench` and `gankern-train`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ commands:
   sample RUN ...     draw samples from a run: a picture, a folder of pictures, or a .npz
   presets            list the presets
   doctor             versions, devices, what is built, and what each op runs on
+  bench              measure presets and ops against PyTorch (from a checkout)
 
 gankern COMMAND --help says more; gankern --version prints the version.
 """
@@ -31,7 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(gankern.__version__)
         return 0
-    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "sample": _sample, "presets": _presets, "doctor": _doctor}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "sample": _sample,
+        "presets": _presets,
+        "doctor": _doctor,
+        "bench": _bench,
+    }
     if name not in commands:
         return _call("gankern", _no_command, name)
     return _call("gankern-train" if name == "train" else f"gankern {name}", commands[name], rest)
@@ -54,7 +61,7 @@ def _call(prog: str, command: Callable[..., int], *arguments: object) -> int:
 
 
 def _no_command(name: str) -> int:
-    raise Refused(f"command must be train, sample, presets or doctor, got {name!r} (see gankern --help)")
+    raise Refused(f"command must be train, sample, presets, doctor or bench, got {name!r} (see gankern --help)")
 
 
 def _train(arguments: list[str]) -> int:
@@ -79,3 +86,9 @@ def _doctor(arguments: list[str]) -> int:
     from gankern.cli import doctor
 
     return doctor.command(arguments)
+
+
+def _bench(arguments: list[str]) -> int:
+    from gankern.cli import bench
+
+    return bench.command(arguments)
