@@ -73,6 +73,7 @@ def test_replays_equal_eager_steps(preset: str) -> None:
     assert [i for i, (x, y) in enumerate(zip(*histories, strict=True)) if not torch.equal(x, y)] == []
     assert differences(eager, replayed) == []
     assert replayed.trainer.steps_done == steps
+    assert replayed.known is replayed.batches.order  # copied once an epoch, not once a step
     if preset not in STEPS:
         assert replayed.batches.epoch >= 4
 
@@ -390,6 +391,20 @@ def test_compiled_networks_take_the_same_steps() -> None:
         if isinstance(value, Tensor) and value.is_floating_point():
             torch.testing.assert_close(compiled.trainer.state_dict()[key], value, rtol=1e-4, atol=1e-5, msg=key)
     assert differences(eager, compiled).count("rng.noise") == 0
+
+
+def test_failed_compilation_leaves_the_trainer_as_it_was() -> None:
+    def broken(module: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    settings = small.config("gan")
+    t = small.trainer(settings)
+    before, parts = small.state(t), (t.forward, t.critic)
+    with pytest.raises(Exception, match="no compiler"):
+        Compile(t, small.batches(settings), backend=broken)
+    assert (t.forward, t.critic) == parts
+    after = t.state_dict()
+    assert all(torch.equal(v, after[k]) if isinstance(v, Tensor) else v == after[k] for k, v in before.items())
 
 
 def test_compiled_critic_with_a_penalty_stays_eager() -> None:

@@ -200,14 +200,14 @@ class Compile(Eager):
         super().__init__(trainer, batches)
         before, config = (trainer.forward, trainer.critic), trainer.config
         saved = {key: v.clone() if isinstance(v, Tensor) else v for key, v in trainer.state_dict().items()}
-        trainer.forward = torch.compile(trainer.generator, dynamic=False, **options)
-        if config.penalty == "none":
-            net: Any = torch.compile(trainer.discriminator, dynamic=False, **options)
-            one_pass = getattr(trainer.critic, "one_pass", True)
-            trainer.critic = Autograd(net, trainer.critic.loss, "none", 0.0, trainer.rng, one_pass)
-        else:
-            self.why = "the critic is not compiled: torch.compile gives its penalty no second derivative"
         try:
+            trainer.forward = torch.compile(trainer.generator, dynamic=False, **options)
+            if config.penalty == "none":
+                net: Any = torch.compile(trainer.discriminator, dynamic=False, **options)
+                one_pass = getattr(trainer.critic, "one_pass", True)
+                trainer.critic = Autograd(net, trainer.critic.loss, "none", 0.0, trainer.rng, one_pass)
+            else:
+                self.why = "the critic is not compiled: torch.compile gives its penalty no second derivative"
             trainer.step(*self.gather(batches.order[: batches.batch_size]))
         except BaseException:
             trainer.forward, trainer.critic = before
