@@ -266,19 +266,7 @@ def log(run: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if k not in ("time_s", "images_per_s")} for row in rows]
 
 
-GRAPHED = [
-    "--log-every",
-    "5",
-    "--sample-every",
-    "7",
-    "--checkpoint-every",
-    "11",
-    "--keep",
-    "0",
-    "--d-dropout",
-    "0.3",
-    "--no-ema-warmup",
-]
+GRAPHED = "--log-every 5 --sample-every 7 --checkpoint-every 11 --keep 0 --d-dropout 0.3 --no-ema-warmup".split()
 
 
 def test_graph_engine_writes_the_same_run(images: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
