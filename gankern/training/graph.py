@@ -10,6 +10,7 @@ All have `step`, `losses` and `name`, and `why`: the reason why it is not what w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -164,7 +165,10 @@ def cuda_graph(body: Callable[[], None], rewind: Callable[[], None], trainer: Tr
         try:
             with torch.cuda.stream(stream):
                 for i in reversed(range(WARM_UP)):
-                    torch.cuda.set_sync_debug_mode(before if i else "error")
+                    if i == 0:
+                        with warnings.catch_warnings():
+                            warnings.simplefilter("ignore")  # that this mode is a prototype
+                            torch.cuda.set_sync_debug_mode("error")
                     rewind()
                     body()
         finally:
