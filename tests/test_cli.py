@@ -266,12 +266,12 @@ def log(run: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if k not in ("time_s", "images_per_s")} for row in rows]
 
 
-GRAPHED = "--log-every 5 --sample-every 7 --checkpoint-every 11 --keep 0 --d-dropout 0.3 --no-ema-warmup".split()
+GRAPHED = "--log-every 5 --sample-every 7 --checkpoint-every 11 --keep 0 --d-dropout 0.3 --no-ema-warmup"
 
 
 def test_graph_engine_writes_the_same_run(images: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Rows are written one log later, and before each picture's and checkpoint's step ends; none is lost."""
-    words = ["gan", "--data", str(images), "--outdir", str(tmp_path), *TINY, *GRAPHED, "--steps", "33"]
+    words = ["gan", "--data", str(images), "--outdir", str(tmp_path), *TINY, *GRAPHED.split(), "--steps", "33"]
     assert train_main(words) == 0
     request.getfixturevalue("graph_engine")
     assert train_main(words) == 0
