@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from gankern.training.graph import Compile, Eager, Graph, Losses, graph_problem,
 from tests import small
 from tests.replay import Recording, record
 
-STEPS = {"sngan": 24, "dcgan-32": 24, "dcgan-64": 20}  # the others 200
+STEPS = {"sngan": 20, "dcgan-32": 20, "dcgan-64": 20}  # the others 200
 # All that a step may have, in one small GAN.
 FULL = {"clip_gradients": 0.5, "clip_weights": 0.3, "g_dropout": 0.2, "g_norm": "batch", "latent": "uniform", "n_critic": 2}
 
@@ -72,6 +73,7 @@ def test_replays_equal_eager_steps(preset: str) -> None:
     assert [i for i, (x, y) in enumerate(zip(*histories, strict=True)) if not torch.equal(x, y)] == []
     assert differences(eager, replayed) == []
     assert replayed.trainer.steps_done == steps
+    assert replayed.known is replayed.batches.order  # copied once an epoch, not once a step
     if preset not in STEPS:
         assert replayed.batches.epoch >= 4
 
@@ -80,7 +82,7 @@ def test_replays_equal_eager_steps(preset: str) -> None:
 def test_replays_with_clipping_dropout_and_norms(backend_name: str) -> None:
     def both() -> None:
         eager, replayed = pair("gan", **FULL)
-        run(eager, 60), run(replayed, 60)
+        run(eager, 25), run(replayed, 25)
         assert differences(eager, replayed) == []
 
     if backend_name == "automatic":
@@ -99,6 +101,13 @@ def test_replays_of_the_reference_show_every_operator(preset: str, steps: int) -
     assert differences(eager, replayed) == []
     recording: Any = replayed.replays[1][0]
     assert not any(func.namespace == "gankern" for func, *_ in recording.calls)
+
+
+@pytest.mark.parametrize("preset", ["gan", "sngan", "dcgan-32"])
+def test_replays_in_bfloat16(preset: str) -> None:
+    eager, replayed = pair(preset, precision="bf16")
+    run(eager, 8), run(replayed, 8)
+    assert differences(eager, replayed) == []
 
 
 def test_first_replay_is_the_first_step_of_a_continued_run() -> None:
@@ -154,6 +163,14 @@ def test_batch_of_another_size_goes_the_eager_way_between_replays() -> None:
     assert all(torch.equal(x, y) for x, y in zip(*histories, strict=True))
     assert differences(eager, replayed) == []
     assert replayed.trainer.steps_done == 43
+
+
+def test_the_stream_tells_its_order_and_place() -> None:
+    stream = small.batches(small.config("gan"))
+    for _ in range(80):
+        first = stream.indices()
+        assert torch.equal(first, stream.order[stream.position - 6 : stream.position])
+    assert stream.epoch == 2
 
 
 def test_loaded_state_is_what_replays_go_on_from() -> None:
@@ -220,6 +237,52 @@ def test_failed_capture_leaves_the_trainer_as_it_was() -> None:
     assert stream.state_dict()["position"] == before[1]["position"]
 
 
+class FakeCuda:
+    """As much of torch.cuda as a capture asks for: notes what it is asked, and in which sync mode."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.notes: list[str] = []
+        self.mode: Any = 0
+        graph = SimpleNamespace(
+            register_generator_state=lambda rng: self.notes.append("register"), reset=lambda: self.notes.append("reset")
+        )
+        stream = SimpleNamespace(wait_stream=lambda other: self.notes.append("wait"))
+        for name, value in {
+            "device": lambda _: nullcontext(), "stream": lambda _: nullcontext(), "Stream": lambda: stream,
+            "CUDAGraph": lambda: graph, "current_stream": lambda: stream, "graph": self.capture,
+            "get_sync_debug_mode": lambda: self.mode,
+            "set_sync_debug_mode": lambda mode: setattr(self, "mode", mode),
+        }.items():  # fmt: skip
+            patch.setattr(torch.cuda, name, value)
+
+    @contextmanager
+    def capture(self, graph: Any, stream: Any) -> Iterator[None]:
+        self.notes.append("begin")
+        yield
+        self.notes.append("end")
+
+
+@pytest.mark.parametrize("failing", [0, 3, 4])
+def test_capture_warms_up_looks_for_waits_and_cleans_up(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of its calls; body number `failing` raises."""
+    cuda, runs = FakeCuda(monkeypatch), [0]
+
+    def body() -> None:
+        runs[0] += 1
+        cuda.notes.append(f"body {cuda.mode}")
+        if runs[0] == failing:
+            raise RuntimeError("not permitted")
+
+    t: Any = SimpleNamespace(device=torch.device("cuda"), rng=None)
+    with pytest.raises(RuntimeError, match="not permitted") if failing else nullcontext():
+        engines.cuda_graph(body, lambda: cuda.notes.append("rewind"), t)
+    assert cuda.mode == 0
+    want = ["wait", *["rewind", "body 0"] * 2, "rewind", "body error"]
+    if failing != 3:
+        want += ["wait", "register", "begin", "body 0", "reset" if failing else "end"]
+    assert cuda.notes == want
+
+
 def test_make_takes_what_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = small.config("gan")
     t, stream = small.trainer(settings), small.batches(settings)
@@ -247,6 +310,10 @@ class OwnStep(Trainer):
 
 def test_reasons_against_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     t = small.trainer(small.config("gan"), capturable=True)
+    with pytest.raises(RuntimeError, match=r"^Graph: a graph needs CUDA, the trainer is on cpu$"):
+        Graph(t, small.batches(t.config))
+    with pytest.raises(ValueError, match=r"^Graph: steps must be a finite number >= 1, got 0$"):
+        Graph(t, small.batches(t.config), steps=0)
     stream = SimpleNamespace(resident=True)
     assert graph_problem(t, stream) == "a graph needs CUDA, the trainer is on cpu"  # type: ignore[arg-type]
     t.device = torch.device("cuda")
@@ -324,6 +391,20 @@ def test_compiled_networks_take_the_same_steps() -> None:
         if isinstance(value, Tensor) and value.is_floating_point():
             torch.testing.assert_close(compiled.trainer.state_dict()[key], value, rtol=1e-4, atol=1e-5, msg=key)
     assert differences(eager, compiled).count("rng.noise") == 0
+
+
+def test_failed_compilation_leaves_the_trainer_as_it_was() -> None:
+    def broken(module: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    settings = small.config("gan")
+    t = small.trainer(settings)
+    before, parts = small.state(t), (t.forward, t.critic)
+    with pytest.raises(Exception, match="no compiler"):
+        Compile(t, small.batches(settings), backend=broken)
+    assert (t.forward, t.critic) == parts
+    after = t.state_dict()
+    assert all(torch.equal(v, after[k]) if isinstance(v, Tensor) else v == after[k] for k, v in before.items())
 
 
 def test_compiled_critic_with_a_penalty_stays_eager() -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+import gankern
 from gankern.training import PRESETS, Trainer
+from gankern.training.adam import Adam
 from gankern.training.graph import LOSSES, Losses, make
 from tests import small
-from tests.support import DEVICE
+from tests.support import DEVICE, need
 from tests.test_graph import FULL, differences, pair, run, slower
 
 pytestmark = pytest.mark.gpu
@@ -20,25 +21,35 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        yield
-    torch.use_deterministic_algorithms(before)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-@pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("preset", PRESETS)
-def test_graph_equals_eager_on_a_gpu(preset: str) -> None:
+def both_engines(preset: str) -> None:
     eager, graph = pair(preset, capture=None, device="cuda")
     histories = [run(e, 200, lambda e, i: slower(e, i, 100)) for e in (eager, graph)]
-    torch.cuda.synchronize()
     assert [i for i, (x, y) in enumerate(zip(*histories, strict=True)) if not torch.equal(x, y)] == []
     assert differences(eager, graph) == []
 
 
 @pytest.mark.usefixtures("deterministic")
-def test_graph_of_several_steps_with_everything_on_a_gpu() -> None:
+@pytest.mark.parametrize("preset", PRESETS)
+def test_graph_equals_eager(preset: str) -> None:
+    both_engines(preset)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("preset", ["gan", "sngan"])
+def test_graph_equals_eager_by_triton(preset: str) -> None:
+    need("triton")
+    with gankern.use_backend("triton"):
+        both_engines(preset)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_graph_of_several_steps_with_everything() -> None:
     eager, graph = pair("gan", capture=None, device="cuda", steps=3, **FULL)
     run(eager, 100)
     torch.manual_seed(7)
@@ -47,15 +58,16 @@ def test_graph_of_several_steps_with_everything_on_a_gpu() -> None:
     assert differences(eager, graph) == []
 
 
-def test_capture_error_on_a_gpu_falls_back_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wait", [lambda opt: opt.count.item(), lambda opt: torch.cuda.synchronize()], ids=["item", "synchronize"])
+def test_capture_error_falls_back_with_its_reason(wait: Callable[[Adam], object], monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that waits for the device cannot be captured; the run goes on eagerly from where it was."""
     settings = small.config("gan")
     t, stream = small.trainer(settings, "cuda"), small.batches(settings, "cuda")
     before = small.state(t)
     update = Trainer.update
 
-    def waits(self: Trainer, optimizer: Any) -> None:
-        optimizer.count.item()
+    def waits(self: Trainer, optimizer: Adam) -> None:
+        wait(optimizer)
         update(self, optimizer)
 
     with monkeypatch.context() as patch:

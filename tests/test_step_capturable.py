@@ -115,7 +115,7 @@ def test_step_can_be_captured(preset: str, backend_name: str) -> None:
     else:
         with gankern.use_backend(backend_name):
             mode = walk(preset)
-    assert {"index_select", "_fused_adam_", "index_copy_", "_foreach_lerp_"} & set(mode.names) >= {"_fused_adam_", "index_copy_"}
+    assert {"index_select", "_fused_adam_", "index_copy_"} <= set(mode.names)  # the batch, the updates, the losses
     if backend_name == "reference":
         assert not any(name in dir(torch.ops.gankern) for name in mode.names)
 
@@ -133,8 +133,9 @@ def test_everything_at_once_can_be_captured(backend_name: str) -> None:
             walk("gan", **changes)
 
 
-@pytest.mark.parametrize("penalty", ["gp", "lp", "0gp", "dragan", "r1", "r2"])
-@pytest.mark.parametrize("preset", ["gan", "sngan"])
+@pytest.mark.parametrize(
+    ("preset", "penalty"), [*(("gan", p) for p in ("gp", "lp", "0gp", "dragan", "r1", "r2")), ("sngan", "gp"), ("sngan", "r1")]
+)
 def test_every_penalty_can_be_captured(preset: str, penalty: str) -> None:
     walk(preset, penalty=penalty, spectral_norm=preset == "sngan")
 
@@ -160,15 +161,15 @@ class OnDevice(Capturable):
         return out
 
 
-MLP, CONV = {"gan_loss", "linear_lrelu_act"}, {"gan_loss", "bias_lrelu", "bn_lrelu"}
+CONV = {"gan_loss", "bias_lrelu", "bn_lrelu"}
 FUSED: dict[str, set[str]] = {
-    "gan": MLP | {"mlp_critic_pass"},
-    "cgan": MLP,
-    "wgan-gp": MLP | {"mlp_critic_pass"},
+    "gan": {"linear_lrelu_act", "mlp_critic_pass"},
+    "cgan": {"linear_lrelu_act", "gan_loss"},
+    "wgan-gp": {"linear_lrelu_act", "mlp_critic_pass"},
     "sngan": CONV | {"spectral_norm"},
     "dcgan-32": CONV,
     "dcgan-64": CONV,
-    "ctgan-like": MLP | {"mlp_critic_pass", "bn_lrelu"},
+    "ctgan-like": {"bn_lrelu", "mlp_critic_pass"},
 }
 
 

@@ -25,7 +25,7 @@ from gankern import data
 from gankern.cli.common import Parser, Refused, need, pick_device, refusing
 from gankern.cli.progress import Progress
 from gankern.models import sample_latent
-from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, pictures, run_dir
+from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, pictures, precision, run_dir
 from gankern.training.graph import Eager, Pending, make
 from gankern.training.presets import CONDITIONAL
 from gankern.training.run_dir import RunDir
@@ -156,6 +156,10 @@ def prepare(preset: str, config: TrainConfig) -> Ready | None:
         print(f"continuing {run.path} after step {step}" if saved else f"{run.path} has no checkpoint yet: starting it over")
     if engine.why:
         print(f"engine {engine.name}: {engine.why}")
+    if config.precision == "bf16" and device.type == "cpu":
+        cost = precision.bf16_cost(device)
+        if cost > 1.0:
+            print(f"note: bfloat16 products take {cost:.1f} times as long as float32 ones on this CPU; --precision fp32 is faster")
     return Ready(config, trainer, batches, images, classes, run, seconds, engine)
 
 
@@ -243,9 +247,10 @@ def fit(preset: str, ready: Ready) -> int:
             if last or step % config.log_every == 0:
                 reporter.log()
             saving = last or bool(config.checkpoint_every and step % config.checkpoint_every == 0)
-            if saving and reporter.settle():
+            drawing = last or bool(config.sample_every and step % config.sample_every == 0)
+            if (saving or drawing) and reporter.settle():
                 break  # never saved: the last checkpoint stays good
-            if last or (config.sample_every and step % config.sample_every == 0):
+            if drawing:
                 reporter.sample(f"fakes{step:06d}.png")
             if saving:
                 reporter.save()

@@ -10,6 +10,7 @@ All have `step`, `losses` and `name`, and `why`: the reason why it is not what w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -90,6 +91,7 @@ class Graph(Eager):
         capture: makes the graph: `cuda_graph`, or a stand-in that tests can do without a GPU.
 
     Raises:
+        ValueError, TypeError: steps is no int >= 1.
         RuntimeError, or whatever a capture raises: the step cannot be captured. The trainer is as it was then.
     """
 
@@ -97,6 +99,10 @@ class Graph(Eager):
     lag = 1
 
     def __init__(self, trainer: Trainer, batches: Batches, steps: int = 1, capture: Capture | None = None) -> None:
+        checks.integer("Graph", "steps", steps, 1)
+        problem = graph_problem(trainer, batches) if capture is None else ""
+        if problem:
+            raise RuntimeError(f"Graph: {problem}")
         super().__init__(trainer, batches)
         n, device = batches.batch_size, trainer.device
         self.steps = min(steps, len(batches.order) // n)
@@ -148,14 +154,25 @@ class Graph(Eager):
 
 
 def cuda_graph(body: Callable[[], None], rewind: Callable[[], None], trainer: Trainer) -> Replay:
-    """Capture body() after a warm-up on the same side stream; `rewind` is called before each warm-up."""
+    """Capture body() after a warm-up on the same side stream; `rewind` is called before each warm-up.
+
+    What waits for the device raises in the last warm-up already: a capture that has begun is not always left without a trace.
+    """
     with torch.cuda.device(trainer.device):
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                rewind()
-                body()
+        before = torch.cuda.get_sync_debug_mode()
+        try:
+            with torch.cuda.stream(stream):
+                for i in reversed(range(WARM_UP)):
+                    if i == 0:
+                        with warnings.catch_warnings():
+                            warnings.simplefilter("ignore")  # that this mode is a prototype
+                            torch.cuda.set_sync_debug_mode("error")
+                    rewind()
+                    body()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
         torch.cuda.current_stream().wait_stream(stream)
         graph.register_generator_state(trainer.rng)
         try:
@@ -187,14 +204,14 @@ class Compile(Eager):
         super().__init__(trainer, batches)
         before, config = (trainer.forward, trainer.critic), trainer.config
         saved = {key: v.clone() if isinstance(v, Tensor) else v for key, v in trainer.state_dict().items()}
-        trainer.forward = torch.compile(trainer.generator, dynamic=False, **options)
-        if config.penalty == "none":
-            net: Any = torch.compile(trainer.discriminator, dynamic=False, **options)
-            one_pass = getattr(trainer.critic, "one_pass", True)
-            trainer.critic = Autograd(net, trainer.critic.loss, "none", 0.0, trainer.rng, one_pass)
-        else:
-            self.why = "the critic is not compiled: torch.compile gives its penalty no second derivative"
         try:
+            trainer.forward = torch.compile(trainer.generator, dynamic=False, **options)
+            if config.penalty == "none":
+                net: Any = torch.compile(trainer.discriminator, dynamic=False, **options)
+                one_pass = getattr(trainer.critic, "one_pass", True)
+                trainer.critic = Autograd(net, trainer.critic.loss, "none", 0.0, trainer.rng, one_pass)
+            else:
+                self.why = "the critic is not compiled: torch.compile gives its penalty no second derivative"
             trainer.step(*self.gather(batches.order[: batches.batch_size]))
         except BaseException:
             trainer.forward, trainer.critic = before

@@ -208,8 +208,9 @@ class Ema:
         if not self.warmup:
             torch._foreach_lerp_(averages, parameters, 1.0 - self.decay)
         elif isinstance(step, Tensor):
-            share = 1.0 - ((1 + step) / (10 + step)).clamp_max(self.decay)
-            torch._foreach_lerp_(averages, parameters, [share] * len(averages))
+            gaps = torch._foreach_sub(parameters, averages)  # _foreach_lerp_ with a tensor is a launch for each parameter
+            torch._foreach_mul_(gaps, (9.0 / (10.0 + step)).clamp_min(1.0 - self.decay))  # 1 - (1 + n) / (10 + n) = 9 / (10 + n)
+            torch._foreach_add_(averages, gaps)
         else:
             torch._foreach_lerp_(averages, parameters, 1.0 - min(self.decay, (1 + step) / (10 + step)))
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
