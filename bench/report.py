@@ -227,7 +227,7 @@ def plot(all_rows: Sequence[Row], path: Path) -> None:
         axes.grid(alpha=0.3)
     for axes in figure.axes[len(panels) :]:
         axes.remove()
-    figure.legend([lines[n] for n in names], names, loc="outside lower center", ncols=min(len(names), 6), frameon=False)
+    figure.legend([lines[n] for n in names], names, loc="outside lower center", ncols=min(len(names), 2 * across), frameon=False)
     figure.savefig(path, dpi=130)
 
 
