@@ -215,13 +215,13 @@ def test_fgan_fit(name: str) -> None:
         objective=f"fgan-{name}",
         z_dim=1,
         n_critic=4,
-        batch_size=512,
+        batch_size=256,
         lr_g=1e-2,
         lr_d=3e-3,
         ema=0.99,  # type: ignore[arg-type]
     )
     trainer = make(Normal(), config)
-    train(trainer, p, 800, last=300)
+    train(trainer, p, 700, last=250)
     assert trainer.ema is not None
     got_mu, got_sigma = trainer.ema.model.mu.item(), trainer.ema.model.log_sigma.exp().item()
     assert got_mu == pytest.approx(mu, abs=0.1)
