@@ -33,9 +33,11 @@ GK_HD void act_row(const T* z, const T* bias, T* y, int64_t n, acc_t<T> slope) {
 template <typename T>
 GK_HD void keep_row(const uint8_t* bits, T* y, int64_t n, acc_t<T> scale) {
   using A = acc_t<T>;
-  for (int64_t i = 0; i < n; ++i) {
-    const A keep = static_cast<A>((bits[i >> 3] >> (i & 7)) & 1);
-    y[i] = static_cast<T>(static_cast<A>(y[i]) * (keep * scale));
+  A keep[kChunk];
+  for (int64_t top = 0; top < n; top += kChunk) {
+    const int64_t m = std::min(kChunk, n - top);
+    keep_factors(bits + top / 8, m, scale, keep);
+    for (int64_t i = 0; i < m; ++i) y[top + i] = static_cast<T>(static_cast<A>(y[top + i]) * keep[i]);
   }
 }
 
@@ -50,15 +52,19 @@ GK_HD void grad_row(const T* dy, const T* y, T* dz, acc_t<T>* sums, int64_t n, a
   }
 }
 
+// The same with dropout; bits: those of the first element, at the start of a byte
 template <typename T>
-GK_HD void grad_keep_row(const T* dy, const T* y, const uint8_t* bits, T* dz, acc_t<T>* sums, int64_t first, int64_t n, acc_t<T> slope, acc_t<T> scale) {
+GK_HD void grad_keep_row(const T* dy, const T* y, const uint8_t* bits, T* dz, acc_t<T>* sums, int64_t n, acc_t<T> slope, acc_t<T> scale) {
   using A = acc_t<T>;
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t column = first + i;
-    const A keep = static_cast<A>((bits[column >> 3] >> (column & 7)) & 1);
-    const A d = static_cast<A>(dy[i]) * (keep * scale) * lrelu_slope(static_cast<A>(y[i]), slope);
-    dz[i] = static_cast<T>(d);
-    if (sums != nullptr) sums[i] += d;
+  A keep[kChunk];
+  for (int64_t top = 0; top < n; top += kChunk) {
+    const int64_t m = std::min(kChunk, n - top);
+    keep_factors(bits + top / 8, m, scale, keep);
+    for (int64_t i = 0; i < m; ++i) {
+      const A d = static_cast<A>(dy[top + i]) * keep[i] * lrelu_slope(static_cast<A>(y[top + i]), slope);
+      dz[top + i] = static_cast<T>(d);
+      if (sums != nullptr) sums[top + i] += d;
+    }
   }
 }
 
@@ -74,9 +80,9 @@ GK_CLONES void keep_bytes(uint64_t seed, uint64_t counter, uint32_t threshold, u
     if (sums != nullptr) grad_row<T>(dy, y, dz, sums, n, s);                                                                                  \
     else grad_row<T>(dy, y, dz, nullptr, n, s);                                                                                               \
   }                                                                                                                                          \
-  GK_CLONES void grad_keep(const T* dy, const T* y, const uint8_t* bits, T* dz, acc_t<T>* sums, int64_t first, int64_t n, acc_t<T> s,         \
-                           acc_t<T> scale) {                                                                                                 \
-    grad_keep_row<T>(dy, y, bits, dz, sums, first, n, s, scale);                                                                              \
+  GK_CLONES void grad_keep(const T* dy, const T* y, const uint8_t* bits, T* dz, acc_t<T>* sums, int64_t n, acc_t<T> s, acc_t<T> scale) {      \
+    if (sums != nullptr) grad_keep_row<T>(dy, y, bits, dz, sums, n, s, scale);                                                                \
+    else grad_keep_row<T>(dy, y, bits, dz, nullptr, n, s, scale);                                                                             \
   }
 GK_ROWS(double)
 GK_ROWS(float)
@@ -158,7 +164,7 @@ std::tuple<Tensor, Tensor> linear_lrelu_act_grad(const Tensor& dy, const Tensor&
       torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns)), [&](int64_t begin, int64_t end) {
         if (mask == nullptr) return grad(in + begin * columns, out + begin * columns, result + begin * columns, nullptr, (end - begin) * columns, slope);
         for (int64_t m = begin; m < end; ++m) {
-          grad_keep(in + m * columns, out + m * columns, mask + m * bytes, result + m * columns, nullptr, 0, columns, slope, scale);
+          grad_keep(in + m * columns, out + m * columns, mask + m * bytes, result + m * columns, nullptr, columns, slope, scale);
         }
       });
       return;
@@ -176,7 +182,7 @@ std::tuple<Tensor, Tensor> linear_lrelu_act_grad(const Tensor& dy, const Tensor&
           for (int64_t m = top; m < std::min(rows, top + kRun); ++m) {
             const int64_t at = m * columns + first;
             if (mask == nullptr) grad(in + at, out + at, result + at, run, n, slope);
-            else grad_keep(in + at, out + at, mask + m * bytes, result + at, run, first, n, slope, scale);
+            else grad_keep(in + at, out + at, mask + m * bytes + first / 8, result + at, run, n, slope, scale);
           }
           for (int64_t i = 0; i < n; ++i) total[i] += run[i];
         }

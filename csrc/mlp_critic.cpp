@@ -37,41 +37,52 @@ GK_HD void activate_row(T* y, const T* bias, int64_t n, acc_t<T> slope) {
   }
 }
 
-// What element i of a row is multiplied by: LeakyReLU's slope and, with kKeep, dropout's factor (element `column` of its row of bits)
+// What an element is multiplied by: LeakyReLU's slope and, with kKeep, dropout's factor
 template <bool kKeep, typename A>
-GK_HD A mask_of(A y, A slope, const uint8_t* bits, int64_t column, A scale) {
+GK_HD A mask_of(A y, A slope, const A* keep, int64_t i) {
   if constexpr (!kKeep) return lrelu_slope(y, slope);
-  return lrelu_slope(y, slope) * (static_cast<A>((bits[column >> 3] >> (column & 7)) & 1) * scale);
+  return lrelu_slope(y, slope) * keep[i];
 }
 
 // d = m * d, and sums += factor * d where there are sums
 template <bool kKeep, typename T>
-GK_HD void adjoint_row(T* d, const T* y, const uint8_t* bits, acc_t<T>* sums, acc_t<T> factor, int64_t n, acc_t<T> slope, acc_t<T> scale) {
+GK_HD void adjoint_row(T* d, const T* y, const acc_t<T>* keep, acc_t<T>* sums, acc_t<T> factor, int64_t n, acc_t<T> slope) {
   using A = acc_t<T>;
   if (sums != nullptr) {
     for (int64_t i = 0; i < n; ++i) {
-      const A v = static_cast<A>(d[i]) * mask_of<kKeep>(static_cast<A>(y[i]), slope, bits, i, scale);
+      const A v = static_cast<A>(d[i]) * mask_of<kKeep>(static_cast<A>(y[i]), slope, keep, i);
       d[i] = static_cast<T>(v);
       sums[i] += factor * v;
     }
   } else {
-    for (int64_t i = 0; i < n; ++i) d[i] = static_cast<T>(static_cast<A>(d[i]) * mask_of<kKeep>(static_cast<A>(y[i]), slope, bits, i, scale));
+    for (int64_t i = 0; i < n; ++i) d[i] = static_cast<T>(static_cast<A>(d[i]) * mask_of<kKeep>(static_cast<A>(y[i]), slope, keep, i));
   }
 }
 
 // y = m * t; with a factor t = m * t, y = factor * y + t
 template <bool kKeep, typename T>
-GK_HD void tangent_row(T* t, T* y, const uint8_t* bits, const acc_t<T>* factor, int64_t n, acc_t<T> slope, acc_t<T> scale) {
+GK_HD void tangent_row(T* t, T* y, const acc_t<T>* keep, const acc_t<T>* factor, int64_t n, acc_t<T> slope) {
   using A = acc_t<T>;
   if (factor != nullptr) {
     const A f = *factor;
     for (int64_t i = 0; i < n; ++i) {
-      const A h = static_cast<A>(y[i]), v = static_cast<A>(t[i]) * mask_of<kKeep>(h, slope, bits, i, scale);
+      const A h = static_cast<A>(y[i]), v = static_cast<A>(t[i]) * mask_of<kKeep>(h, slope, keep, i);
       t[i] = static_cast<T>(v);
       y[i] = static_cast<T>(f * h + v);
     }
   } else {
-    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(static_cast<A>(t[i]) * mask_of<kKeep>(static_cast<A>(y[i]), slope, bits, i, scale));
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(static_cast<A>(t[i]) * mask_of<kKeep>(static_cast<A>(y[i]), slope, keep, i));
+  }
+}
+
+// chunk(first, n, factors) for each chunk of a row of `columns` elements, with dropout's factors
+template <typename A, typename Chunk>
+GK_HD void with_factors(const uint8_t* bits, int64_t columns, A scale, Chunk chunk) {
+  A keep[kChunk];
+  for (int64_t first = 0; first < columns; first += kChunk) {
+    const int64_t n = std::min(kChunk, columns - first);
+    keep_factors(bits + first / 8, n, scale, keep);
+    chunk(first, n, keep);
   }
 }
 
@@ -119,14 +130,17 @@ GK_HD void turn_block_of(T* out, int64_t out_stride, const T* in, int64_t in_str
 // The instruction-set clones of the loops above (the attribute does not go on templates).
 #define GK_ROWS(T)                                                                                                                            \
   GK_CLONES void activate(T* y, const T* bias, int64_t n, acc_t<T> slope) { activate_row<T>(y, bias, n, slope); }                             \
-  GK_CLONES void adjoint(T* d, const T* y, const uint8_t* bits, acc_t<T>* sums, acc_t<T> factor, int64_t n, acc_t<T> slope,     \
+  GK_CLONES void adjoint(T* d, const T* y, const uint8_t* bits, acc_t<T>* sums, acc_t<T> factor, int64_t columns, acc_t<T> slope,             \
                          acc_t<T> scale) {                                                                                                    \
-    if (bits != nullptr) adjoint_row<true, T>(d, y, bits, sums, factor, n, slope, scale);                                              \
-    else adjoint_row<false, T>(d, y, nullptr, sums, factor, n, slope, scale);                                                          \
+    if (bits == nullptr) return adjoint_row<false, T>(d, y, nullptr, sums, factor, columns, slope);                                           \
+    with_factors(bits, columns, scale, [&](int64_t at, int64_t n, const acc_t<T>* keep) __attribute__((always_inline)) {                                           \
+      adjoint_row<true, T>(d + at, y + at, keep, sums == nullptr ? nullptr : sums + at, factor, n, slope);                                    \
+    });                                                                                                                                       \
   }                                                                                                                                           \
-  GK_CLONES void tangent(T* t, T* y, const uint8_t* bits, const acc_t<T>* factor, int64_t n, acc_t<T> slope, acc_t<T> scale) {                \
-    if (bits != nullptr) tangent_row<true, T>(t, y, bits, factor, n, slope, scale);                                                           \
-    else tangent_row<false, T>(t, y, nullptr, factor, n, slope, scale);                                                                       \
+  GK_CLONES void tangent(T* t, T* y, const uint8_t* bits, const acc_t<T>* factor, int64_t columns, acc_t<T> slope, acc_t<T> scale) {          \
+    if (bits == nullptr) return tangent_row<false, T>(t, y, nullptr, factor, columns, slope);                                                 \
+    with_factors(bits, columns, scale,                                                                                                        \
+                 [&](int64_t at, int64_t n, const acc_t<T>* keep) __attribute__((always_inline)) { tangent_row<true, T>(t + at, y + at, keep, factor, n, slope); }); \
   }                                                                                                                                           \
   GK_CLONES void turn_block(T* out, int64_t out_stride, const T* in, int64_t in_stride) { turn_block_of<T>(out, out_stride, in, in_stride); } \
   GK_CLONES acc_t<T> squares(const T* g, int64_t n) { return squares_row<T>(g, n); }                                                          \
