@@ -50,7 +50,7 @@ train: build
 
 test: build $(STAMPS)/dev
 	GANKERN_REQUIRE=$$(command -v $${CXX:-c++} >/dev/null && echo compiled,)triton TRITON_INTERPRET=1 \
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: build $(STAMPS)/dev
 	$(BIN)/ruff check .

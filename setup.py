@@ -122,7 +122,9 @@ class Build(build_ext):
     def _configure(self) -> None:
         import pybind11
         import torch
+        from pybind11.setup_helpers import ParallelCompile
 
+        ParallelCompile("GANKERN_BUILD_JOBS").install()  # a file a core; GANKERN_BUILD_JOBS=1 where memory is short
         include, lib = torch_paths()
         archs = ";".join(cuda_archs()) if torch.version.cuda is not None and nvcc() is not None else ""
         (extension,) = self.extensions
