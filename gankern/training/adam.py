@@ -79,6 +79,26 @@ class Adam(torch.optim.Adam):
         else:
             self.param_groups[0]["lr"] = float(lr)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As PyTorch's while it is made; one group is all that there is (ValueError for another)."""
+        if self.param_groups:
+            raise ValueError("Adam: param_group must be the only one, got a second")
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As PyTorch's, into the tensors that are there; of any torch.optim.Adam that has made a step of every parameter.
+
+        Raises:
+            ValueError: a state of other parameters, or without a step.
+        """
+        slots, (group,) = state_dict["state"], state_dict["param_groups"]
+        shapes = [tuple(slots.get(i, {}).get("exp_avg", torch.empty(0)).shape) for i in range(len(self.parameters))]
+        if len(slots) != len(shapes) or shapes != [tuple(p.shape) for p in self.parameters]:
+            raise ValueError(f"Adam: state_dict must hold the state of {len(shapes)} parameters of these shapes, got another one's")
+        self.load_slots(slots)
+        self.set_lr(float(group["lr"]))
+        self.param_groups[0].update(betas=group["betas"], eps=group["eps"])
+
     @torch.no_grad()
     def load_slots(self, slots: dict[int, dict[str, Tensor]]) -> None:
         """Copy saved state (slots of parameter 0, 1, ...: step, exp_avg, exp_avg_sq) into the tensors that are there."""
