@@ -3,13 +3,14 @@
 from gankern import nn
 from gankern.backend import use_backend
 from gankern.nn.fuse import FusionReport, fuse, fusion_report, unfuse
+from gankern.ops._critic_loss import MLPCriticLoss
 from gankern.ops.bias_lrelu import bias_lrelu
 from gankern.ops.bn_lrelu import bn_lrelu
 from gankern.ops.gan_loss import GanLoss, gan_loss
 from gankern.ops.gradient_norm_penalty import NormPenalty, gradient_norm_penalty
 from gankern.ops.interpolate import interpolate
 from gankern.ops.linear_lrelu import linear_lrelu
-from gankern.ops.mlp_critic import MLPCriticLoss, mlp_critic, mlp_critic_generator, mlp_critic_penalty
+from gankern.ops.mlp_critic import mlp_critic, mlp_critic_generator, mlp_critic_penalty
 from gankern.ops.pairwise import minibatch_distance, minibatch_features, mmd2, pulling_away
 from gankern.regularizers import gradient_penalty
 

@@ -17,9 +17,9 @@ import gankern
 from gankern.nn import MLPCritic
 from gankern.ops import gan_loss
 from gankern.ops import mlp_critic as op
+from gankern.ops._critic_loss import MLPCriticLoss
 from gankern.ops._objectives import OBJECTIVES
 from gankern.ops._philox import draw_seed, dropout_keep
-from gankern.ops.mlp_critic import MLPCriticLoss
 from tests.support import DEVICE, ProfileProducts, need, randn
 
 pytestmark = pytest.mark.usefixtures("poisoned")

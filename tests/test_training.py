@@ -505,6 +505,54 @@ def test_adam_equals_that_of_pytorch(tmp_path: Path) -> None:
         ours.step(lambda: 0.0)
 
 
+def test_adam_loads_the_state_of_pytorchs() -> None:
+    """In place: the averages that `update` uses are those that were loaded."""
+    torch.manual_seed(0)
+    nets = [nn.Linear(4, 3), nn.Linear(4, 3)]
+    theirs = torch.optim.Adam(nets[1].parameters(), 1e-2, (0.5, 0.9), fused=True)
+    for step in range(3):
+        theirs.zero_grad()
+        nets[1](torch.full((2, 4), float(step))).square().sum().backward()
+        theirs.step()
+    nets[0].load_state_dict(nets[1].state_dict())
+    ours = Adam(nets[0].parameters(), 1e-3)
+    ours.load_state_dict(theirs.state_dict())
+    for net, opt in zip(nets, (ours, theirs), strict=True):
+        opt.zero_grad()
+        net(torch.ones(2, 4)).square().sum().backward()
+        opt.step()
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(
+        ValueError, match=r"^Adam: state_dict must hold the state of 2 parameters of these shapes, got another one's$"
+    ):
+        ours.load_state_dict(torch.optim.Adam(nn.Linear(5, 3).parameters(), 1e-2).state_dict())
+    with pytest.raises(ValueError, match=r"^Adam: param_group must be the only one, got a second$"):
+        ours.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+
+@pytest.mark.parametrize("change", ["dropout", "slope", "mode", "weight"])
+def test_one_pass_sees_what_is_changed_in_the_critic(change: str) -> None:
+    """It keeps what it has read of the layers, and must not train with what they were."""
+    t = trainer(dataclasses.replace(SMALL, d_dropout=0.5))
+    t.critic.discriminator(reals(6), reals(6, 1))
+    layer: Any = t.discriminator[0]
+    if change == "dropout":
+        layer.dropout = 0.1
+    elif change == "slope":
+        layer.negative_slope = 0.7
+    elif change == "mode":
+        layer.eval()
+    else:
+        layer.weight = nn.Parameter(torch.zeros_like(layer.weight))
+    fresh = Trainer(t.generator, t.discriminator, t.config)
+    values = []
+    for critic in (t.critic, fresh.critic):
+        torch.manual_seed(1)
+        values.append(critic.discriminator(reals(6), reals(6, 1)).value)
+    assert torch.equal(*values)
+
+
 def test_capturable_trainer_takes_the_same_steps() -> None:
     """What a CUDA graph needs: learning rates, step count and EMA decay in tensors."""
     config = dataclasses.replace(SMALL, ema=0.5)

@@ -12,7 +12,8 @@ from torch.nn.utils import parametrize
 from gankern import checks
 from gankern.nn._chain import FusedSequential
 from gankern.nn.linear import LinearLeakyReLU
-from gankern.ops.mlp_critic import MLPCriticLoss, mlp_critic, mlp_critic_generator, mlp_critic_penalty
+from gankern.ops._critic_loss import MLPCriticLoss
+from gankern.ops.mlp_critic import mlp_critic, mlp_critic_generator, mlp_critic_penalty
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

@@ -43,108 +43,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function, forward_ad
-from torch.autograd.graph import _engine_run_backward
 
 from gankern import backend, checks
 from gankern.ops import linear_lrelu as layer
+from gankern.ops._critic_loss import OP, MLPCriticLoss, Scaled
 from gankern.ops._layout import accumulate
 from gankern.ops._objectives import NOTHING, OBJECTIVES, Label, Spec
 from gankern.ops._one_pass import Job, Results, Rows, batch, nothing, one_pass, rows_of
 from gankern.ops._philox import draw_seed
 from gankern.ops.gan_loss import gan_loss, settle
 
-OP = "mlp_critic"
 SAMPLES = ("line", "real", "fake")
 SIDED = ("one", "two")
 Numbers = float | Sequence[float]
 _NO_LOSS = (*Spec(NOTHING, NOTHING, 1).arguments(None, None)[:-1], 0)
-
-
-class MLPCriticLoss:
-    """What `mlp_critic` returns: the loss with its parts and statistics, detached, and the gradient of every parameter (of the
-    fake samples, from `mlp_critic_generator`).
-
-    `out.backward()` hands the gradients over, as `out.loss.backward()` does, without a pass over them. Nothing else has a
-    gradient; a derivative of a higher order raises RuntimeError.
-    """
-
-    __slots__ = ("_loss", "_parameters", "_versions", "adversarial", "grads", "norms", "penalty", "stats")
-
-    def __init__(
-        self, outputs: Sequence[Tensor], parameters: Sequence[Tensor | None], wanted: Sequence[bool], pending: bool
-    ) -> None:
-        self._loss, self.adversarial, self.penalty, self.norms, self.stats, *grads = outputs
-        found = iter(grads)
-        self.grads: tuple[Tensor | None, ...] = tuple(next(found) if w else None for w in wanted)
-        self._parameters = tuple(parameters) if pending else None
-        self._versions = self._current()
-
-    def _current(self) -> list[int]:
-        return [] if self._parameters is None else [p._version for p in self._parameters if p is not None]
-
-    def _take(self) -> tuple[Tensor | None, ...]:
-        assert self._parameters is not None
-        if self._versions != self._current():
-            raise RuntimeError(
-                f"{OP}: what gets a gradient must not be changed in place before the backward pass, got changed tensors"
-            )
-        return self._parameters
-
-    @property
-    def loss(self) -> Tensor:
-        """adversarial + penalty, scalar, attached to the graph of the parameters (of the fake samples)."""
-        if self._parameters is not None:
-            pairs = [(p, g) for p, g in zip(self._take(), self.grads, strict=True) if p is not None and g is not None]
-            self._parameters = None
-            with torch.enable_grad():
-                self._loss = _Known.apply(self._loss, len(pairs), *(g for _, g in pairs), *(p for p, _ in pairs))
-        return self._loss
-
-    @property
-    def value(self) -> Tensor:
-        """The loss, detached."""
-        return self._loss.detach()
-
-    @property
-    def d_real(self) -> Tensor:
-        """Mean sigmoid of the real logits; NaN without real samples."""
-        return self.stats[..., 0]
-
-    @property
-    def d_fake(self) -> Tensor:
-        """Mean sigmoid of the fake logits; NaN in a penalty alone."""
-        return self.stats[..., 1]
-
-    @property
-    def accuracy(self) -> Tensor:
-        """Share of logits that the critic calls right; NaN in a penalty alone."""
-        return self.stats[..., 2]
-
-    def backward(self) -> None:
-        """Add the gradients to the parameters' `.grad`, or send them on into the graph behind them, as `loss.backward()` does.
-
-        Raises:
-            RuntimeError: no parameter requires a gradient, or one was changed in place since.
-        """
-        if self._parameters is None:
-            self.loss.backward()
-            return
-        pairs = [(p, g) for p, g in zip(self._take(), self.grads, strict=True) if p is not None and g is not None]
-        self._parameters = None
-        through_engine = []
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()  # its hooks sit in the engine
-        with torch.no_grad():
-            for p, g in pairs:
-                hooks = p._backward_hooks or p._post_accumulate_grad_hooks
-                if distributed or hooks or not p.is_leaf or not p.is_contiguous():
-                    through_engine.append((p, g))
-                elif p.grad is None:
-                    p.grad = g
-                else:
-                    p.grad.add_(g)
-        if through_engine:
-            roots, gradients = zip(*through_engine, strict=True)
-            _engine_run_backward(roots, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def mlp_critic(
@@ -498,7 +410,7 @@ class _Critic(Function):
         if not generates and any(needs[: ctx.inputs]):
             raise RuntimeError(f"{OP}: the inputs must not require a gradient: only the parameters get one, got a tensor that does")
         saved, count = ctx.saved_tensors, sum(ctx.job.wanted)
-        scaled = _Scaled.forward if torch.compiler.is_compiling() else _Scaled.apply  # what is compiled has no second order anyway
+        scaled = Scaled.forward if torch.compiler.is_compiling() else Scaled.apply  # what is compiled has no second order anyway
         given = iter(() if g is None else scaled(g, count, *saved))
         *found, fake = [next(given, None) if w else None for w in ctx.job.wanted]
         return (None, None, None, fake, *(None,) * (ctx.inputs - 2), *found)
@@ -514,41 +426,6 @@ class _Critic(Function):
             for i in range(info.batch_size)
         ]
         return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(calls[0])
-
-
-class _Known(Function):
-    """The loss as a node of the graph, when the pass has already been made: (loss, n, n gradients, n parameters) -> loss."""
-
-    @staticmethod
-    def forward(loss: Tensor, count: int, *tensors: Tensor) -> Tensor:
-        return loss.view_as(loss)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, ctx.count, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        return (None, None, *(None,) * ctx.count, *_Scaled.apply(g, ctx.count, *ctx.saved_tensors))
-
-
-class _Scaled(Function):
-    """g times each of n gradients; the n parameters are inputs so that a second derivative finds this node, and its refusal."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(g: Tensor, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t * g.to(t.dtype) for t in tensors[:count])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(f"{OP}: a derivative must be the gradient of a parameter, got one of second order: it is not supported")
 
 
 # --- the pass as an operator, for torch.compile ----------------------------------------------------------------------------------

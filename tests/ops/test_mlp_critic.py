@@ -16,9 +16,9 @@ from torch import Tensor
 import gankern
 from gankern.ops import gan_loss
 from gankern.ops import mlp_critic as op
+from gankern.ops._critic_loss import MLPCriticLoss
 from gankern.ops._objectives import OBJECTIVES
 from gankern.ops._philox import draw_seed, dropout_keep
-from gankern.ops.mlp_critic import MLPCriticLoss
 from tests.support import DEVICE, CountProducts, ProfileProducts, need, randn
 
 pytestmark = pytest.mark.usefixtures("poisoned")
