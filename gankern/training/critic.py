@@ -72,6 +72,11 @@ def choose(
     return Autograd(net, loss, penalty, penalty_weight, rng, one_pass)
 
 
+def batched(net: nn.Module) -> bool:
+    """Whether the samples of a batch see each other, by a BatchNorm."""
+    return any(isinstance(m, _BatchNorm) for m in net.modules())
+
+
 class Autograd:
     """By autograd, for any network. Real and fake go through it in one pass where that changes nothing."""
 
@@ -81,7 +86,7 @@ class Autograd:
         self.net, self.loss, self.rng = net, loss, rng
         self.penalty: dict[str, Any] = PENALTIES[penalty] and {**PENALTIES[penalty], "weight": penalty_weight}
         self.parameters = [p for p in net.parameters() if p.requires_grad]
-        self.one_pass = not any(isinstance(m, _BatchNorm) for m in net.modules()) if one_pass is None else one_pass
+        self.one_pass = not batched(net) if one_pass is None else one_pass
 
     def discriminator(self, real: Tensor, fake: Tensor, *labels: Tensor) -> Loss:
         if self.one_pass:
