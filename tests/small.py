@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gankern.data import Batches, ImageData
+from gankern.data import Batches, Dataset
 from gankern.training import PRESETS, TrainConfig, Trainer
 from gankern.training.presets import CONDITIONAL
 
@@ -30,11 +30,11 @@ def classes(settings: TrainConfig) -> int:
     return CLASSES if settings.arch in CONDITIONAL else 0
 
 
-def images(settings: TrainConfig, count: int = 200) -> ImageData:
+def images(settings: TrainConfig, count: int = 200) -> Dataset:
     """Noise, and classes in turn."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (count, *shape(settings)), generator=generator, dtype=torch.uint8)
-    return ImageData(pixels, torch.arange(count) % CLASSES, "noise", tuple(map(str, range(CLASSES))))
+    return Dataset(pixels, torch.arange(count) % CLASSES, "noise", tuple(map(str, range(CLASSES))))
 
 
 def trainer(settings: TrainConfig, device: torch.device | str = "cpu", **options: Any) -> Trainer:
