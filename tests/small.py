@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gankern.data import Batches, ImageData
 from gankern.training import PRESETS, TrainConfig, Trainer
-from gankern.training.presets import CONDITIONAL
+from gankern.training.networks import CONDITIONAL
 
 CLASSES = 3
 WIDTHS: dict[str, Any] = {"z_dim": 5, "g_widths": (8, 10), "d_widths": (9, 7), "conv_width": 4}

@@ -27,7 +27,7 @@ from gankern.cli.progress import Progress
 from gankern.models import sample_latent
 from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, pictures, precision, run_dir
 from gankern.training.graph import Eager, Pending, make
-from gankern.training.presets import CONDITIONAL
+from gankern.training.networks import CONDITIONAL
 from gankern.training.run_dir import RunDir
 
 PREVIEW = 64  # samples in a picture, at most
