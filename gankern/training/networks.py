@@ -20,13 +20,13 @@ def networks(config: TrainConfig, shape: Shape, classes: int = 0, fused: bool = 
 
     Args:
         classes: of the data; a conditional architecture needs them.
-        fused: with gankern.fuse. (Those of mlp are made of fused layers.)
+        fused: with gankern.fuse.
 
     Raises:
         ValueError: no classes for a conditional architecture; a size that the architecture does not have.
     """
     generator, discriminator = _ARCHS[config.arch](config, shape, classes)
-    if fused and config.arch != "mlp":
+    if fused:
         generator, discriminator = fuse(generator), fuse(discriminator)
     return generator, spectral_norm_(discriminator) if config.spectral_norm else discriminator
 
