@@ -10,11 +10,12 @@ from torch import Tensor
 
 from gankern.data import Batches, Dataset
 from gankern.training import PRESETS, TrainConfig, Trainer
-from gankern.training.presets import CONDITIONAL
+from gankern.training.networks import CONDITIONAL
 
 CLASSES = 3
 WIDTHS: dict[str, Any] = {"z_dim": 5, "g_widths": (8, 10), "d_widths": (9, 7), "conv_width": 4}
 BATCH = {"ctgan-like": 20}
+CONVOLUTIONAL = ("dcgan", "sngan")  # the smallest square they have is 8
 
 
 def config(preset: str, **changes: Any) -> TrainConfig:
@@ -23,7 +24,8 @@ def config(preset: str, **changes: Any) -> TrainConfig:
 
 
 def shape(settings: TrainConfig) -> tuple[int, int, int]:
-    return (1, settings.size or 6, settings.size or 6)
+    side = settings.size or (8 if settings.arch in CONVOLUTIONAL else 6)
+    return (1, side, side)
 
 
 def classes(settings: TrainConfig) -> int:

@@ -27,7 +27,7 @@ from gankern.cli.progress import Progress
 from gankern.models import sample_latent
 from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, pictures, precision, run_dir
 from gankern.training.graph import Eager, Pending, make
-from gankern.training.presets import CONDITIONAL
+from gankern.training.networks import CONDITIONAL
 from gankern.training.run_dir import RunDir
 
 PREVIEW = 64  # samples in a picture, at most
@@ -59,7 +59,7 @@ def list_presets(arguments: list[str]) -> int:
 
 def _print_presets() -> None:
     for name, preset in PRESETS.items():
-        print(f"  {name:<16} {preset.summary}")
+        print(f"  {name:<16} {preset.summary} ({preset.source})\n{'':<18} expect: {preset.expect}")
 
 
 def parse(preset: str, arguments: list[str]) -> TrainConfig:
@@ -386,7 +386,8 @@ def describe(preset: str, config: TrainConfig, trainer: Trainer, images: data.Im
     """What --dry-run prints."""
     from gankern.cli.doctor import backends
 
-    print(f"preset {preset}: {PRESETS[preset].summary}\n\nsettings")
+    row = PRESETS[preset]
+    print(f"preset {preset}: {row.summary} ({row.source})\nexpect: {row.expect}\n\nsettings")
     for name, value in config.to_json().items():
         print(f"  {name:<18} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
     print(f"\ndata      {len(images)} images {list(images.shape)}: {images.note}\ndevice    {trainer.device}\n")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gankern import checks
+from gankern.losses.variants import variant
+from gankern.training import combinations
 
 OP = "train"
 
@@ -62,7 +64,7 @@ class TrainConfig:
     limit: int = 0
     """Use only the first so many images. 0: all."""
 
-    objective: Literal[
+    loss: Literal[
         "non-saturating",
         "minimax",
         "maximum-likelihood",
@@ -88,7 +90,9 @@ class TrainConfig:
         "relativistic-average-lsgan",
         "relativistic-average-hinge",
     ] = "non-saturating"
-    """What critic and generator minimise, a row of the table of gankern.gan_loss; non-saturating: the generator -log D(G(z))."""
+    """What critic and generator minimise; `gankern explain NAME` has the equations and the values to expect."""
+    generator_loss: Literal["default", "saturating", "non-saturating", "max-likelihood"] = "default"
+    """The generator's side, for the losses that have several: those of Goodfellow et al. and the f-divergences."""
     real_label: float = 1.0
     """The discriminator's target for real images; 0.9 is one-sided label smoothing."""
     fake_label: float = 0.0
@@ -105,6 +109,11 @@ class TrainConfig:
     """Clip the discriminator's weights to [-c, c] after each of its updates; 0.01 is that of WGAN. 0: off."""
     clip_gradients: float = 0.0
     """Scale each network's gradient down to this norm where it is longer. 0: off."""
+
+    instance_noise: float = 0.0
+    """Standard deviation of the noise that is added to all that the discriminator sees. 0: off."""
+    instance_noise_steps: int = 0
+    """Steps over which that noise fades to 0. 0: it stays."""
 
     arch: Literal["mlp", "dcgan", "sngan", "cgan", "tabular"] = "mlp"
     """The two networks: mlp, dcgan (Radford et al.), sngan (the standard CNN of Miyato et al.), cgan (MLPs with labels, Mirza and
@@ -162,6 +171,8 @@ class TrainConfig:
             "penalty_weight",
             "clip_weights",
             "clip_gradients",
+            "instance_noise",
+            "instance_noise_steps",
         ):
             checks.number(OP, field, getattr(self, field), 0)
         checks.number(OP, "seed", self.seed, 0, 2**62)
@@ -174,18 +185,12 @@ class TrainConfig:
         for field in ("g_widths", "d_widths"):
             if any(width < 1 for width in getattr(self, field)):
                 checks.fail(ValueError, OP, field, "have widths >= 1", getattr(self, field))
-        if self.g_norm == "batch" and self.batch_size == 1:
-            checks.fail(ValueError, OP, "batch_size", "be >= 2 with BatchNorm", 1)
-        if self.objective == "wgan" and self.penalty == "none" and not self.spectral_norm and not self.clip_weights:
-            checks.fail(
-                ValueError, OP, "objective", "have a bounded critic: --penalty, --spectral-norm or --clip-weights", "wgan alone"
-            )
-        if self.penalty != "none" and self.d_norm == "batch":
-            checks.fail(ValueError, OP, "d_norm", "be none with a penalty, whose norm is of each sample by itself", "batch")
-        if self.pack > 1 and self.arch != "tabular":
-            checks.fail(ValueError, OP, "pack", "be 1 but for --arch tabular", self.pack)
-        if self.batch_size % self.pack:
-            checks.fail(ValueError, OP, "batch_size", f"be a multiple of pack ({self.pack})", self.batch_size)
+        combinations.check(self)
+
+    @property
+    def objective(self) -> str:
+        """The row of gankern.gan_loss's table that `loss` and `generator_loss` name together."""
+        return variant(self.loss, self.generator_loss)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

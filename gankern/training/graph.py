@@ -19,8 +19,8 @@ from torch import Tensor
 
 from gankern import checks
 from gankern.data import Batches
-from gankern.training.critic import Autograd
-from gankern.training.presets import CONDITIONAL
+from gankern.training.critics import Autograd
+from gankern.training.networks import CONDITIONAL
 from gankern.training.trainer import Trainer
 
 ENGINES = ("auto", "eager", "graph", "compile")
