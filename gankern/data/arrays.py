@@ -42,7 +42,7 @@ def read_arrays(path: Path, split: str, limit: int | None) -> Dataset:
     if array.ndim == 2 and array.dtype.kind in "fiu" and array.dtype != np.uint8:
         if split == "test":
             checks.fail(ValueError, OP, "split", "be train for a table", split)
-        columns = [str(i) for i in range(array.shape[1])]
+        columns = [f"x{i + 1}" for i in range(array.shape[1])]
         data = standardised(array[:limit], columns, path, f"{note} {array.dtype.name}")
     else:
         images, found = _images(array)

@@ -27,6 +27,11 @@ class Table(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @classmethod
+    def plain(cls, features: int) -> Table:
+        """Of samples that are not standardised: columns x1, x2 ..."""
+        return cls(tuple(f"x{i + 1}" for i in range(features)), (0.0,) * features, (1.0,) * features)
+
     def restore(self, samples: Tensor) -> Tensor:
         """Standardised samples [N, F] -> float64 [N, F] in the units of the table."""
         mean, std = (torch.tensor(numbers, dtype=torch.float64, device=samples.device) for numbers in (self.mean, self.std))

@@ -41,7 +41,7 @@ def read_csv(path: Path, limit: int | None) -> Dataset:
                     continue
                 if not columns:
                     named = not all(map(_is_number, row))
-                    columns = row if named else [str(i) for i in range(len(row))]
+                    columns = row if named else [f"x{i + 1}" for i in range(len(row))]
                     if named:
                         continue
                 if len(row) != len(columns):

@@ -132,11 +132,11 @@ def animate(path: Path, frames: Sequence[Path]) -> None:
 
     if len(frames) > MOST_FRAMES:
         frames = [frames[i] for i in torch.linspace(0, len(frames) - 1, MOST_FRAMES).long().tolist()]
-    pictures = [Image.open(frame).convert("RGB") for frame in frames]
-    palette = Image.new("RGB", (pictures[0].width, 2 * pictures[0].height))
-    for i in (0, -1):
-        palette.paste(pictures[i], (0, pictures[0].height * (i != 0)))
+    ends = [Image.open(frame).convert("RGB") for frame in (frames[0], frames[-1])]
+    palette = Image.new("RGB", (ends[0].width, 2 * ends[0].height))
+    palette.paste(ends[0])
+    palette.paste(ends[1], (0, ends[0].height))
     palette = palette.quantize(256)
-    first, *rest = (p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures)
+    first, *rest = (Image.open(f).convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE) for f in frames)
     pause = min(max(10_000 // len(frames), 60), 500)
     first.save(path, save_all=True, append_images=rest, duration=[*[pause] * len(rest), 2000], loop=0)

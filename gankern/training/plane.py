@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ class Plane:
         shape = {"width": 0.0028, "headwidth": 4.5, "headlength": 5, "headaxislength": 4.5}
         where = self.lattice(COARSE).unbind(1)
         axes.quiver(*where, *arrows.unbind(1), angles="xy", scale_units="xy", scale=1, pivot="mid", color=ARROW, **shape)
-        words = {"fontsize": 9, "verticalalignment": "center"}
+        words: dict[str, Any] = {"fontsize": 9, "verticalalignment": "center"}
         y0 = 14 / HEIGHT
         figure.text((LEFT + 2) / WIDTH, y0, "critic's score C(x)", **words)
         figure.text((LEFT + 190) / WIDTH, y0, f"{low:.3g}", horizontalalignment="right", **words)
