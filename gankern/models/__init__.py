@@ -4,6 +4,7 @@ from gankern.models.conditional import CGANDiscriminator, CGANGenerator
 from gankern.models.dcgan import DCGANDiscriminator, DCGANGenerator
 from gankern.models.latent import sample_latent
 from gankern.models.mlp import MLPDiscriminator, MLPGenerator
+from gankern.models.packed import Packed
 from gankern.models.sngan import SNGANDiscriminator, SNGANGenerator
 from gankern.models.tabular import TabularDiscriminator, TabularGenerator
 
@@ -14,6 +15,7 @@ __all__ = [
     "DCGANGenerator",
     "MLPDiscriminator",
     "MLPGenerator",
+    "Packed",
     "SNGANDiscriminator",
     "SNGANGenerator",
     "TabularDiscriminator",
