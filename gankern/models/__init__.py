@@ -1,5 +1,6 @@
 """Networks: generators and critics of the published systems, and the latent vectors that they start from."""
 
+from gankern.models.autoencoder import ConvAutoencoder, MLPAutoencoder
 from gankern.models.conditional import CGANDiscriminator, CGANGenerator
 from gankern.models.dcgan import DCGANDiscriminator, DCGANGenerator
 from gankern.models.latent import sample_latent
@@ -12,8 +13,10 @@ from gankern.models.toy import MaxoutDiscriminator, ToyGenerator, UnrolledDiscri
 __all__ = [
     "CGANDiscriminator",
     "CGANGenerator",
+    "ConvAutoencoder",
     "DCGANDiscriminator",
     "DCGANGenerator",
+    "MLPAutoencoder",
     "MLPDiscriminator",
     "MLPGenerator",
     "MaxoutDiscriminator",
