@@ -29,7 +29,7 @@ def says(kind: type[Exception], sentence: str) -> Any:
 
 def test_a_ring_has_eight_modes_and_not_seven_by_linspace_with_its_endpoint() -> None:
     """A well-known notebook has the angles linspace(0, 2 pi, 8): one mode is counted twice, and 7 are distinct."""
-    for name in ("ring", "8gaussians"):
+    for name in ("ring", "unrolled-ring", "8gaussians"):
         centres, _ = MIXTURES[name]
         assert len(centres) == 8
         apart = torch.cdist(centres, centres) + 9.0 * torch.eye(8)
@@ -44,6 +44,7 @@ def test_a_ring_has_eight_modes_and_not_seven_by_linspace_with_its_endpoint() ->
     [
         ("ring", 1.0, 0.01),
         ("grid", 4 * math.sqrt(2), 0.05),
+        ("unrolled-ring", 2.0, 0.02),
         ("8gaussians", 2 / 1.414, 0.02 / 1.414),
         ("25gaussians", 4 * math.sqrt(2) / 2.828, 0.05 / 2.828),
     ],

@@ -141,7 +141,7 @@ def animate(path: Path, frames: Sequence[Path]) -> None:
     palette = Image.new("RGB", (ends[0].width, 2 * ends[0].height))
     palette.paste(ends[0])
     palette.paste(ends[1], (0, ends[0].height))
-    palette = palette.quantize(128)
+    palette = palette.quantize(128, Image.Quantize.FASTOCTREE)
     first, *rest = (Image.open(f).convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE) for f in frames)
     pause = min(max(10_000 // len(frames), 60), 500)
     first.save(path, save_all=True, append_images=rest, duration=[*[pause] * len(rest), 2000], loop=0)
