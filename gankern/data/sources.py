@@ -44,9 +44,10 @@ def load(
             [N, C, H, W] with C 1 or 3, uint8, or floating in [0, 1] or [-1, 1]: without a negative value they are taken for [0, 1].
             An array [N, F] of any other numbers than uint8 is a table.
         A .csv file: a table of numbers, with or without a line of names above. The columns of a table are standardised.
-        "ring", "grid", "8gaussians", "25gaussians", "swissroll" (the names, not files): 100 000 points in the plane, generated
-            from `seed`. ring: 8 Gaussians of s.d. 0.01 on the unit circle; grid: 25 of s.d. 0.05 at {-4, -2, 0, 2, 4}^2 (PacGAN);
-            8gaussians: radius 1.414, s.d. 0.0141; 25gaussians: {-1.41 ... 1.41}^2, s.d. 0.0177; swissroll (WGAN-GP).
+        "ring", "grid", "unrolled-ring", "8gaussians", "25gaussians", "swissroll" (names, not files): 100 000 points in the plane,
+            generated from `seed`. ring: 8 Gaussians of s.d. 0.01 on the unit circle; grid: 25 of s.d. 0.05 at {-4, -2, 0, 2, 4}^2
+            (PacGAN). unrolled-ring: 8 of s.d. 0.02 at radius 2 (Metz et al.). 8gaussians: s.d. 0.0141 at radius 1.414;
+            25gaussians: s.d. 0.0177 at {-1.41, -0.71, 0, 0.71, 1.41}^2; swissroll (WGAN-GP, as in the authors' code).
 
     Args:
         source: see above.

@@ -28,15 +28,16 @@ class TrainConfig:
     """
 
     data: str = "mnist"
-    """Training images: "mnist" (bundled), a folder of pictures, an IDX file, or a .npz/.npy array."""
+    """Training data: "mnist" (bundled), a folder of pictures, an IDX file, a .npz/.npy array of images, a .npz/.npy/.csv table of
+    numbers, or points in the plane: ring, grid, unrolled-ring, 8gaussians, 25gaussians, swissroll."""
     outdir: str = "runs"
     """Folder under which the run gets a directory of its own."""
     steps: int = 12000
     """Training steps in all; one step updates the discriminator n_critic times and then the generator once."""
     batch_size: int = 64
-    """Real images an update of the discriminator, and as many generated ones."""
+    """Real samples an update of the discriminator, and as many generated ones."""
     seed: int = 0
-    """Seed of initial weights, data order, noise and dropout."""
+    """Seed of initial weights, generated data, data order, noise and dropout."""
     device: str = "auto"
     """auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1 ..."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
@@ -62,7 +63,7 @@ class TrainConfig:
     channels: Literal[0, 1, 3] = 0
     """1 (grey) or 3 (colour). 0: as the data are."""
     limit: int = 0
-    """Use only the first so many images. 0: all."""
+    """Use only the first so many samples of the data. 0: all."""
 
     loss: Literal[
         "non-saturating",
