@@ -11,7 +11,7 @@ from gankern.nn.conv import (
 )
 from gankern.nn.linear import LinearLeakyReLU
 from gankern.nn.maxout import Maxout
-from gankern.nn.minibatch import MinibatchDiscrimination, MinibatchDistance
+from gankern.nn.minibatch import MinibatchDiscrimination, MinibatchDistance, MinibatchStdDev, add_minibatch_features
 from gankern.nn.mlp_critic import MLPCritic, MLPLayers, mlp_layers, mlp_problem
 from gankern.nn.spectral_norm import spectral_norm, spectral_norm_
 
@@ -31,7 +31,9 @@ __all__ = [
     "Maxout",
     "MinibatchDiscrimination",
     "MinibatchDistance",
+    "MinibatchStdDev",
     "SyncBatchNormLeakyReLU",
+    "add_minibatch_features",
     "mlp_layers",
     "mlp_problem",
     "spectral_norm",
