@@ -29,6 +29,7 @@ CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {  # and t
     "tabular": (lambda: models.TabularDiscriminator(4, (5,), 0.0, 2), (4,)),
     "packed": (lambda: models.Packed(models.MLPDiscriminator((8,), (5,)), 2), (4,)),
     "maxout": (lambda: models.MaxoutDiscriminator((2,), (5,), 2), (2,)),
+    "resnet": (lambda: models.ResNetDiscriminator((1, 8, 8), 2), (1, 8, 8)),
     "unrolled": (lambda: models.UnrolledDiscriminator((2,), 40), (2,)),
 }
 

@@ -7,6 +7,7 @@ from gankern.models.dcgan import DCGANDiscriminator, DCGANGenerator
 from gankern.models.latent import sample_latent
 from gankern.models.mlp import MLPDiscriminator, MLPGenerator
 from gankern.models.packed import Packed
+from gankern.models.resnet import ResNetDiscriminator, ResNetGenerator
 from gankern.models.sngan import SNGANDiscriminator, SNGANGenerator
 from gankern.models.tabular import TabularDiscriminator, TabularGenerator
 from gankern.models.toy import MaxoutDiscriminator, ToyGenerator, UnrolledDiscriminator, pacgan_toy, unrolled_toy, wgan_gp_toy
@@ -26,6 +27,8 @@ __all__ = [
     "MLPGenerator",
     "MaxoutDiscriminator",
     "Packed",
+    "ResNetDiscriminator",
+    "ResNetGenerator",
     "SNGANDiscriminator",
     "SNGANGenerator",
     "TabularDiscriminator",
