@@ -11,6 +11,7 @@ from gankern.models.resnet import ResNetDiscriminator, ResNetGenerator
 from gankern.models.sngan import SNGANDiscriminator, SNGANGenerator
 from gankern.models.tabular import TabularDiscriminator, TabularGenerator
 from gankern.models.toy import MaxoutDiscriminator, ToyGenerator, UnrolledDiscriminator, pacgan_toy, unrolled_toy, wgan_gp_toy
+from gankern.models.vae import ConvEncoder, MLPEncoder, rsample
 
 __all__ = [
     "ACGANDiscriminator",
@@ -20,10 +21,12 @@ __all__ = [
     "CGANGenerator",
     "ConvACGANDiscriminator",
     "ConvAutoencoder",
+    "ConvEncoder",
     "DCGANDiscriminator",
     "DCGANGenerator",
     "MLPAutoencoder",
     "MLPDiscriminator",
+    "MLPEncoder",
     "MLPGenerator",
     "MaxoutDiscriminator",
     "Packed",
@@ -36,6 +39,7 @@ __all__ = [
     "ToyGenerator",
     "UnrolledDiscriminator",
     "pacgan_toy",
+    "rsample",
     "sample_latent",
     "unrolled_toy",
     "wgan_gp_toy",
