@@ -135,6 +135,8 @@ class TrainConfig:
     tabular (those of CTGAN); and those of the 2-D experiments of three papers."""
     conv_width: int = 64
     """Channels of the widest image layer of convolutional networks."""
+    d_conv_width: int = 0
+    """The same for the discriminator of dcgan alone. 0: conv_width."""
     upsample: Literal["transposed", "shuffle", "nearest"] = "transposed"
     """How a stage of dcgan's generator doubles the side: transposed convolution, PixelShuffle, or nearest neighbours."""
     downsample: Literal["stride", "pool"] = "stride"
@@ -181,6 +183,7 @@ class TrainConfig:
         for field in ("steps", "batch_size", "log_every", "z_dim", "n_critic", "conv_width", "code", "pack"):
             checks.number(OP, field, getattr(self, field), 1)
         for field in (
+            "d_conv_width",
             "checkpoint_every",
             "sample_every",
             "keep",
