@@ -116,15 +116,35 @@ class TrainConfig:
     instance_noise_steps: int = 0
     """Steps over which that noise fades to 0. 0: it stays."""
 
-    arch: Literal["mlp", "dcgan", "sngan", "cgan", "tabular"] = "mlp"
-    """The two networks: mlp, dcgan (Radford et al.), sngan (the standard CNN of Miyato et al.), cgan (MLPs with labels, Mirza and
-    Osindero), tabular (those of CTGAN, the discriminator on packs)."""
+    arch: Literal[
+        "mlp",
+        "dcgan",
+        "sngan",
+        "cgan",
+        "cdcgan",
+        "acgan",
+        "autoencoder",
+        "conv-autoencoder",
+        "tabular",
+        "pacgan-toy",
+        "unrolled-toy",
+        "wgan-gp-toy",
+    ] = "mlp"
+    """The two networks: mlp; dcgan (Radford et al.); sngan (the standard CNN of Miyato et al.); cgan and cdcgan (MLPs and DCGAN
+    with labels); acgan (the discriminator tells the class too); autoencoder and conv-autoencoder (the critic of EBGAN and BEGAN);
+    tabular (those of CTGAN); and those of the 2-D experiments of three papers."""
     conv_width: int = 64
-    """Channels of the widest image layer of dcgan and sngan."""
+    """Channels of the widest image layer of convolutional networks."""
+    upsample: Literal["transposed", "shuffle", "nearest"] = "transposed"
+    """How a stage of dcgan's generator doubles the side: transposed convolution, PixelShuffle, or nearest neighbours."""
+    downsample: Literal["stride", "pool"] = "stride"
+    """How a stage of dcgan's discriminator halves the side: stride 2, or average pooling."""
+    code: int = 64
+    """Length of an auto-encoder's code."""
     d_norm: Literal["none", "batch"] = "none"
     """Normalisation in the discriminator of dcgan: none, or BatchNorm but for the first layer."""
     pack: int = 1
-    """Samples that the discriminator of tabular judges together (PacGAN)."""
+    """Samples that the discriminator judges together (PacGAN)."""
     z_dim: int = 100
     """Entries of the latent vector z."""
     latent: Literal["normal", "uniform"] = "normal"
@@ -158,7 +178,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field, kind in typing.get_type_hints(type(self)).items():
             _check_type(field, getattr(self, field), kind)
-        for field in ("steps", "batch_size", "log_every", "z_dim", "n_critic", "conv_width", "pack"):
+        for field in ("steps", "batch_size", "log_every", "z_dim", "n_critic", "conv_width", "code", "pack"):
             checks.number(OP, field, getattr(self, field), 1)
         for field in (
             "checkpoint_every",
