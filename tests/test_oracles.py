@@ -87,7 +87,7 @@ def train(trainer: Trainer, p: Mixture, steps: int, last: int, slower: float = 0
 
 def fixed(objective: str, **settings: object) -> TrainConfig:
     """A generator that stays as it is."""
-    return TrainConfig(objective=objective, z_dim=1, lr_g=0.0, batch_size=512, **settings)  # type: ignore[arg-type]
+    return TrainConfig(loss=objective, z_dim=1, lr_g=0.0, batch_size=512, **settings)  # type: ignore[arg-type]
 
 
 # --- the optimal discriminator
@@ -160,7 +160,7 @@ def test_penalty_of_a_linear_critic(penalty: str, length: float) -> None:
         critic = MLPDiscriminator((7,), ()).double()
         critic[0].weight.data.copy_(w)
         net = critic if one_pass else nn.Sequential(critic)
-        trainer = Trainer(Normal(), net, TrainConfig(objective="wgan", penalty=penalty, penalty_weight=1.0))  # type: ignore[arg-type]
+        trainer = Trainer(Normal(), net, TrainConfig(loss="wgan", penalty=penalty, penalty_weight=1.0))  # type: ignore[arg-type]
         for batch in (1, 3, 64):
             real, fake = torch.randn(2, batch, 7, dtype=torch.float64)
             with torch.no_grad():
@@ -212,7 +212,7 @@ def test_fgan_fit(name: str) -> None:
     """N(mu, sigma) comes within 0.1 of the optimum, and the critic's bound stays below the divergence, and near it."""
     p, (_, _, mu, sigma) = Mixture(*DATA), FITS[name]
     config = TrainConfig(
-        objective=f"fgan-{name}",
+        loss=f"fgan-{name}",
         z_dim=1,
         n_critic=4,
         batch_size=256,

@@ -29,7 +29,7 @@ from gankern.training.trainer import generate
 from tests.support import DEVICE
 
 SHAPE = (1, 3, 4)
-OBJECTIVES_TRAINED = typing.get_args(typing.get_type_hints(TrainConfig)["objective"])
+OBJECTIVES_TRAINED = typing.get_args(typing.get_type_hints(TrainConfig)["loss"])
 SMALL = TrainConfig(batch_size=6, z_dim=5, g_widths=(8, 10), d_widths=(9, 7), seed=3)
 
 
@@ -117,7 +117,7 @@ def test_config_has_every_objective() -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES_TRAINED)
 def test_three_steps_of_every_objective(objective: str) -> None:
-    t = trainer(dataclasses.replace(SMALL, objective=objective, clip_weights=0.5))
+    t = trainer(dataclasses.replace(SMALL, loss=objective, clip_weights=0.5))
     before = [p.detach().clone() for p in (*t.generator.parameters(), *t.discriminator.parameters())]
     for seed in range(3):
         assert all(v.isfinite() for v in t.step(reals(6, seed)).values())
@@ -239,7 +239,7 @@ def plain_loop(generator: nn.Module, critic: nn.Module, config: TrainConfig, bat
     [
         {},
         {"d_dropout": 0.3, "g_dropout": 0.2, "real_label": 0.9},
-        {"g_norm": "batch", "objective": "minimax", "latent": "uniform", "fake_label": 0.1},
+        {"g_norm": "batch", "loss": "minimax", "latent": "uniform", "fake_label": 0.1},
     ],
     ids=["plain", "dropout", "batchnorm"],
 )
@@ -415,7 +415,7 @@ def as_double(t: Trainer) -> Trainer:
 
 @pytest.mark.parametrize("penalty", ["gp", "lp", "0gp", "r1", "r2"])
 def test_critic_steps_with_a_penalty_equal_the_textbook_loop(penalty: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = dataclasses.replace(SMALL, objective="wgan", penalty=penalty, n_critic=3, penalty_weight=2.0)
+    config = dataclasses.replace(SMALL, loss="wgan", penalty=penalty, n_critic=3, penalty_weight=2.0)
     monkeypatch.setattr(Trainer, "noise", lambda self, n: torch.randn(n, 5, generator=self.rng).double())
     trainers = [as_double(make(config)) for make in (trainer, autograd_trainer)]
     assert [type(t.critic).__name__ for t in trainers] == ["OnePass", "Autograd"]
@@ -461,7 +461,7 @@ def test_dragan_goes_by_autograd() -> None:
 
 
 def test_weights_are_clipped_after_each_update_of_the_critic() -> None:
-    t = trainer(dataclasses.replace(SMALL, objective="wgan", clip_weights=0.01))
+    t = trainer(dataclasses.replace(SMALL, loss="wgan", clip_weights=0.01))
     t.step(reals(6))
     assert all(p.abs().max() <= 0.01 for p in t.discriminator.parameters())
     assert max(p.abs().max() for p in t.generator.parameters()) > 0.01

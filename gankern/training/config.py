@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gankern import checks
+from gankern.losses.variants import variant
+from gankern.training import combinations
 
 OP = "train"
 
@@ -26,15 +28,16 @@ class TrainConfig:
     """
 
     data: str = "mnist"
-    """Training images: "mnist" (bundled), a folder of pictures, an IDX file, or a .npz/.npy array."""
+    """Training data: "mnist" (bundled), a folder of pictures, an IDX file, a .npz/.npy array of images, a .npz/.npy/.csv table of
+    numbers, or points in the plane: ring, grid, unrolled-ring, 8gaussians, 25gaussians, swissroll."""
     outdir: str = "runs"
     """Folder under which the run gets a directory of its own."""
     steps: int = 12000
     """Training steps in all; one step updates the discriminator n_critic times and then the generator once."""
     batch_size: int = 64
-    """Real images an update of the discriminator, and as many generated ones."""
+    """Real samples an update of the discriminator, and as many generated ones."""
     seed: int = 0
-    """Seed of initial weights, data order, noise and dropout."""
+    """Seed of initial weights, generated data, data order, noise and dropout."""
     device: str = "auto"
     """auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1 ..."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
@@ -60,9 +63,9 @@ class TrainConfig:
     channels: Literal[0, 1, 3] = 0
     """1 (grey) or 3 (colour). 0: as the data are."""
     limit: int = 0
-    """Use only the first so many images. 0: all."""
+    """Use only the first so many samples of the data. 0: all."""
 
-    objective: Literal[
+    loss: Literal[
         "non-saturating",
         "minimax",
         "maximum-likelihood",
@@ -88,7 +91,9 @@ class TrainConfig:
         "relativistic-average-lsgan",
         "relativistic-average-hinge",
     ] = "non-saturating"
-    """What critic and generator minimise, a row of the table of gankern.gan_loss; non-saturating: the generator -log D(G(z))."""
+    """What critic and generator minimise; `gankern explain NAME` has the equations and the values to expect."""
+    generator_loss: Literal["default", "saturating", "non-saturating", "max-likelihood"] = "default"
+    """The generator's side, for the losses that have several: those of Goodfellow et al. and the f-divergences."""
     real_label: float = 1.0
     """The discriminator's target for real images; 0.9 is one-sided label smoothing."""
     fake_label: float = 0.0
@@ -106,15 +111,40 @@ class TrainConfig:
     clip_gradients: float = 0.0
     """Scale each network's gradient down to this norm where it is longer. 0: off."""
 
-    arch: Literal["mlp", "dcgan", "sngan", "cgan", "tabular"] = "mlp"
-    """The two networks: mlp, dcgan (Radford et al.), sngan (the standard CNN of Miyato et al.), cgan (MLPs with labels, Mirza and
-    Osindero), tabular (those of CTGAN, the discriminator on packs)."""
+    instance_noise: float = 0.0
+    """Standard deviation of the noise that is added to all that the discriminator sees. 0: off."""
+    instance_noise_steps: int = 0
+    """Steps over which that noise fades to 0. 0: it stays."""
+
+    arch: Literal[
+        "mlp",
+        "dcgan",
+        "sngan",
+        "cgan",
+        "cdcgan",
+        "acgan",
+        "autoencoder",
+        "conv-autoencoder",
+        "tabular",
+        "pacgan-toy",
+        "unrolled-toy",
+        "wgan-gp-toy",
+    ] = "mlp"
+    """The two networks: mlp; dcgan (Radford et al.); sngan (the standard CNN of Miyato et al.); cgan and cdcgan (MLPs and DCGAN
+    with labels); acgan (the discriminator tells the class too); autoencoder and conv-autoencoder (the critic of EBGAN and BEGAN);
+    tabular (those of CTGAN); and those of the 2-D experiments of three papers."""
     conv_width: int = 64
-    """Channels of the widest image layer of dcgan and sngan."""
+    """Channels of the widest image layer of convolutional networks."""
+    upsample: Literal["transposed", "shuffle", "nearest"] = "transposed"
+    """How a stage of dcgan's generator doubles the side: transposed convolution, PixelShuffle, or nearest neighbours."""
+    downsample: Literal["stride", "pool"] = "stride"
+    """How a stage of dcgan's discriminator halves the side: stride 2, or average pooling."""
+    code: int = 64
+    """Length of an auto-encoder's code."""
     d_norm: Literal["none", "batch"] = "none"
     """Normalisation in the discriminator of dcgan: none, or BatchNorm but for the first layer."""
     pack: int = 1
-    """Samples that the discriminator of tabular judges together (PacGAN)."""
+    """Samples that the discriminator judges together (PacGAN)."""
     z_dim: int = 100
     """Entries of the latent vector z."""
     latent: Literal["normal", "uniform"] = "normal"
@@ -148,7 +178,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field, kind in typing.get_type_hints(type(self)).items():
             _check_type(field, getattr(self, field), kind)
-        for field in ("steps", "batch_size", "log_every", "z_dim", "n_critic", "conv_width", "pack"):
+        for field in ("steps", "batch_size", "log_every", "z_dim", "n_critic", "conv_width", "code", "pack"):
             checks.number(OP, field, getattr(self, field), 1)
         for field in (
             "checkpoint_every",
@@ -162,6 +192,8 @@ class TrainConfig:
             "penalty_weight",
             "clip_weights",
             "clip_gradients",
+            "instance_noise",
+            "instance_noise_steps",
         ):
             checks.number(OP, field, getattr(self, field), 0)
         checks.number(OP, "seed", self.seed, 0, 2**62)
@@ -174,18 +206,12 @@ class TrainConfig:
         for field in ("g_widths", "d_widths"):
             if any(width < 1 for width in getattr(self, field)):
                 checks.fail(ValueError, OP, field, "have widths >= 1", getattr(self, field))
-        if self.g_norm == "batch" and self.batch_size == 1:
-            checks.fail(ValueError, OP, "batch_size", "be >= 2 with BatchNorm", 1)
-        if self.objective == "wgan" and self.penalty == "none" and not self.spectral_norm and not self.clip_weights:
-            checks.fail(
-                ValueError, OP, "objective", "have a bounded critic: --penalty, --spectral-norm or --clip-weights", "wgan alone"
-            )
-        if self.penalty != "none" and self.d_norm == "batch":
-            checks.fail(ValueError, OP, "d_norm", "be none with a penalty, whose norm is of each sample by itself", "batch")
-        if self.pack > 1 and self.arch != "tabular":
-            checks.fail(ValueError, OP, "pack", "be 1 but for --arch tabular", self.pack)
-        if self.batch_size % self.pack:
-            checks.fail(ValueError, OP, "batch_size", f"be a multiple of pack ({self.pack})", self.batch_size)
+        combinations.check(self)
+
+    @property
+    def objective(self) -> str:
+        """The row of gankern.gan_loss's table that `loss` and `generator_loss` name together."""
+        return variant(self.loss, self.generator_loss)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from gankern import checks
 from gankern.data import Batches
-from gankern.training.critic import Autograd
-from gankern.training.presets import CONDITIONAL
+from gankern.training.critics import Autograd
+from gankern.training.networks import CONDITIONAL
 from gankern.training.trainer import Trainer
 
 ENGINES = ("auto", "eager", "graph", "compile")
@@ -64,8 +64,8 @@ class Eager:
         return out
 
     def gather(self, indices: Tensor) -> tuple[Tensor, ...]:
-        images = self.batches.images(indices)
-        return (images, self.batches.labels(indices)) if self.labelled else (images,)
+        samples = self.batches.samples(indices)
+        return (samples, self.batches.labels(indices)) if self.labelled else (samples,)
 
 
 class Replay(Protocol):

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from gankern import checks
-from gankern.losses import GANLoss
 from gankern.models import sample_latent
-from gankern.training import precision
+from gankern.training import critics, precision, techniques
 from gankern.training.adam import Adam
 from gankern.training.config import TrainConfig
-from gankern.training.critic import Loss, choose
+from gankern.training.critics import Loss
 
 OP = "Trainer"
 
@@ -55,8 +54,7 @@ class Trainer:
         self.generator = generator.to(self.device).train()
         self.discriminator = discriminator.to(self.device).train()
         self.rng = torch.Generator(self.device).manual_seed(config.seed + 1)
-        loss = GANLoss(config.objective, config.real_label, config.fake_label)
-        self.critic = choose(discriminator, loss, config.penalty, config.penalty_weight, self.rng, one_pass)
+        self.critic = critics.choose(discriminator, config, self.rng, one_pass)
         self.forward: Any = self.generator  # what a step calls; torch.compile may stand in for it
         capturable = self.device.type == "cuda" if capturable is None else capturable
         betas = (config.beta1, config.beta2)
@@ -67,6 +65,8 @@ class Trainer:
         self.ema = Ema(generator, config.ema, config.ema_warmup) if config.ema > 0.0 else None
         self.steps_done = 0
         self.clock = torch.zeros((), device=self.device) if capturable else None  # steps_done, for what a graph replays
+        self.techniques = techniques.wanted(self)
+        self._used = tuple(self.techniques.values())
 
     def step(self, real: Tensor, *labels: Tensor) -> dict[str, Tensor]:
         """n_critic updates of the critic, one of the generator.
@@ -100,6 +100,8 @@ class Trainer:
         self.steps_done += 1
         if self.clock is not None:
             self.clock += 1
+        for technique in self._used:
+            technique.after_step()
         return {"d_loss": d.value, "g_loss": g.value, "d_real": d.d_real, "d_fake": d.d_fake}
 
     def fake(self, n: int, *labels: Tensor) -> Tensor:
@@ -109,7 +111,10 @@ class Trainer:
     def discriminator_step(self, real: Tensor, fake: Tensor, *labels: Tensor) -> Loss:
         self.opt_d.forget()
         with self.autocast():
-            out = self.critic.discriminator(real, fake, *labels)
+            for technique in self._used:
+                fake = technique.fakes(fake)
+                technique.before_critic(real, fake)
+            out = self.critic.discriminator(self.seen(real), self.seen(fake), *labels)
         out.backward()
         self.update(self.opt_d)
         if self.config.clip_weights:
@@ -119,15 +124,34 @@ class Trainer:
     def generator_step(self, fake: Tensor, real: Tensor, *labels: Tensor) -> Loss:
         self.opt_g.forget()
         with self.autocast():
-            out = self.critic.generator(fake, real, *labels)
+            out = self.critic.generator(self.seen(fake), self.seen(real), *labels)
+            for technique in self._used:
+                term = technique.term(fake, real, *labels)
+                out = out if term is None else critics.WithTerm(out, term)
         out.backward()
         self.update(self.opt_g)
         return out
 
+    def seen(self, samples: Tensor) -> Tensor:
+        """What the critic is shown in place of samples."""
+        for technique in self._used:
+            samples = technique.seen(samples)
+        return samples
+
     def update(self, optimizer: Adam) -> None:
+        for technique in self._used:
+            technique.gradients(optimizer)
         if self.config.clip_gradients:
             torch.nn.utils.clip_grad_norm_(optimizer.parameters, self.config.clip_gradients)
         optimizer.update()
+
+    def fading(self, steps: int) -> float | Tensor:
+        """1 at the first step, 0 from step number `steps` on, linear between them; 1 for ever if `steps` is 0."""
+        if not steps:
+            return 1.0
+        if self.clock is not None:
+            return (1.0 - self.clock / steps).clamp_min(0.0)
+        return max(0.0, 1.0 - self.steps_done / steps)
 
     def noise(self, n: int) -> Tensor:
         return sample_latent(n, self.config.z_dim, self.config.latent, self.rng, self.device)
@@ -151,7 +175,7 @@ class Trainer:
                 state |= {f"{name}.{index}.{slot}": value for slot, value in slots.items()} | {
                     f"{name}.{index}.step": slots["step"].clone()  # one tensor for all: a file holds each by itself
                 }
-        return state
+        return state | self._lasting()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`, for a trainer of the same settings and device type.
@@ -167,6 +191,8 @@ class Trainer:
         torch.set_rng_state(state["rng.default"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng.cuda"], self.device)
+        for key, value in self._lasting().items():
+            value.copy_(state[key])
         for name, model in self._models().items():
             model.load_state_dict(_below(state, name))
         for name, optimizer in self._optimizers().items():
@@ -177,11 +203,20 @@ class Trainer:
             optimizer.load_slots(slots)
 
     def _models(self) -> dict[str, nn.Module]:
-        ema = {} if self.ema is None else {"ema": self.ema.model}
-        return {"generator": self.generator, "discriminator": self.discriminator, **ema}
+        more = {} if self.ema is None else {"ema": self.ema.model}
+        for technique in self._used:
+            more |= technique.models()
+        return {"generator": self.generator, "discriminator": self.discriminator, **more}
 
     def _optimizers(self) -> dict[str, Adam]:
-        return {"opt_g": self.opt_g, "opt_d": self.opt_d}
+        more: dict[str, Adam] = {}
+        for technique in self._used:
+            more |= technique.optimizers()
+        return {"opt_g": self.opt_g, "opt_d": self.opt_d, **more}
+
+    def _lasting(self) -> dict[str, Tensor]:
+        """The tensors that the techniques keep from step to step."""
+        return {f"{name}.{key}": value for name, t in self.techniques.items() for key, value in t.state().items()}
 
 
 class Ema:

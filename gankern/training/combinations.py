@@ -1,0 +1,37 @@
+"""Settings that do not go together: each pair is refused in one sentence that names both."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gankern import checks
+
+if TYPE_CHECKING:
+    from gankern.training.config import TrainConfig
+
+OP = "train"
+
+
+def check(c: TrainConfig) -> None:
+    """Refuse the first impossible pair of settings.
+
+    Raises:
+        ValueError: there is one.
+    """
+    _ = c.objective  # loss and generator_loss
+    if c.g_norm == "batch" and c.batch_size == 1:
+        _refuse("batch_size", "be >= 2 with BatchNorm", 1)
+    if c.loss == "wgan" and c.penalty == "none" and not c.spectral_norm and not c.clip_weights:
+        _refuse("loss", "have a bounded critic: --penalty, --spectral-norm or --clip-weights", "wgan alone")
+    if c.penalty != "none" and c.d_norm == "batch":
+        _refuse("d_norm", "be none with --penalty, whose norm is of each sample by itself", "batch")
+    if c.pack > 1 and c.arch in ("cgan", "cdcgan", "acgan"):
+        _refuse("pack", f"be 1 with --arch {c.arch}, whose discriminator is told one class a sample", c.pack)
+    if c.pack > 1 and c.arch in ("autoencoder", "conv-autoencoder"):
+        _refuse("pack", f"be 1 with --arch {c.arch}, whose critic reconstructs each sample", c.pack)
+    if c.batch_size % c.pack:
+        _refuse("batch_size", f"be a multiple of pack ({c.pack})", c.batch_size)
+
+
+def _refuse(field: str, wanted: str, got: object) -> None:
+    checks.fail(ValueError, OP, field, wanted, got)
