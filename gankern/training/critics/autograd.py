@@ -9,11 +9,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gankern.losses import GANLoss
-from gankern.nn.minibatch import MinibatchDiscrimination, MinibatchDistance
+from gankern.nn.minibatch import MinibatchDiscrimination, MinibatchDistance, MinibatchStdDev
 from gankern.regularizers import gradient_penalty
 from gankern.training.critics._common import PENALTIES, Loss, WithTerm, draw_eps, frozen
 
-_MIXING = (_BatchNorm, MinibatchDiscrimination, MinibatchDistance)  # layers in which the samples of a batch see each other
+_MIXING = (
+    _BatchNorm,
+    MinibatchDiscrimination,
+    MinibatchDistance,
+    MinibatchStdDev,
+)  # layers in which the samples of a batch see each other
 
 
 class Autograd:
