@@ -4,8 +4,10 @@ from gankern.models.conditional import CGANDiscriminator, CGANGenerator
 from gankern.models.dcgan import DCGANDiscriminator, DCGANGenerator
 from gankern.models.latent import sample_latent
 from gankern.models.mlp import MLPDiscriminator, MLPGenerator
+from gankern.models.packed import Packed
 from gankern.models.sngan import SNGANDiscriminator, SNGANGenerator
 from gankern.models.tabular import TabularDiscriminator, TabularGenerator
+from gankern.models.toy import MaxoutDiscriminator, ToyGenerator, UnrolledDiscriminator, pacgan_toy, unrolled_toy, wgan_gp_toy
 
 __all__ = [
     "CGANDiscriminator",
@@ -14,9 +16,16 @@ __all__ = [
     "DCGANGenerator",
     "MLPDiscriminator",
     "MLPGenerator",
+    "MaxoutDiscriminator",
+    "Packed",
     "SNGANDiscriminator",
     "SNGANGenerator",
     "TabularDiscriminator",
     "TabularGenerator",
+    "ToyGenerator",
+    "UnrolledDiscriminator",
+    "pacgan_toy",
     "sample_latent",
+    "unrolled_toy",
+    "wgan_gp_toy",
 ]
