@@ -67,8 +67,8 @@ class Reader:
     def __init__(self, config: TrainConfig) -> None:
         self.names = EXPLANATIONS[config.objective].scores
         self.values = expected(config.objective, config.real_label, config.fake_label, config.margin)
-        more = [words for words, has in (("penalty", config.penalty != "none"), ("classes", config.arch == "acgan")) if has]
-        self.besides = f", and what the {' and the '.join(more)} cost" if more else ""
+        more = {"the penalty": config.penalty != "none", "the classes' cross entropy": config.arch == "acgan"}
+        self.besides = "".join(f" plus {words}" for words, has in more.items() if has)
 
     def equilibrium(self) -> list[tuple[str, str]]:
         """(name, value in words) of each column."""
