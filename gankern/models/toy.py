@@ -134,7 +134,9 @@ def pacgan_toy(shape: Sequence[int] = (2,), pack: int = 1, z_dim: int = 2) -> tu
 
 
 def unrolled_toy(shape: Sequence[int] = (2,), z_dim: int = 256) -> tuple[nn.Module, nn.Module]:
-    """Metz et al.'s: ToyGenerator 256-128-128-2 without norm (49 666 parameters), UnrolledDiscriminator; orthogonal weights of gain 0.8.
+    """Metz et al.'s: ToyGenerator 256-128-128-2 without norm (49 666 parameters), and UnrolledDiscriminator.
+
+    Weights are orthogonal, times 0.8.
 
     Args:
         shape: of one sample.
