@@ -464,7 +464,8 @@ def test_gankern_itself(capsys: Capture) -> None:
     assert all(name in listed for name in PRESETS)
     assert train_main(["--help"]) == 0
     assert "gan " in capsys.readouterr().out
-    assert "command must be train, sample, presets, explain, doctor or bench, got 'fly'" in refused(capsys, main(["fly"]), "gankern")
+    names = "train, sample, presets, explain, doctor or bench"
+    assert f"command must be {names}, got 'fly'" in refused(capsys, main(["fly"]), "gankern")
 
 
 def sample(run: Path, out: Path, *flags: str) -> int:

@@ -84,12 +84,12 @@ def test_without_pulling_away_the_generator_pays_the_energy() -> None:
 
 def test_the_critic_pushes_fakes_to_the_margin_and_no_further() -> None:
     """At a generator that stays where it is: E(x) -> 0, E(G(z)) -> m, so that its loss goes to 0."""
-    t = trainer("ebgan", margin=0.5, lr_d=3e-3)
-    real, fake = images(1).expand(6, -1, -1, -1), images(6, 1)
-    for _ in range(400):
+    t = trainer("ebgan", margin=1.0, lr_d=3e-3)
+    real, fake = (images(1, seed).expand(6, -1, -1, -1) for seed in (0, 1))
+    for _ in range(300):
         out = t.discriminator_step(real, fake)
     assert out.d_real.item() == pytest.approx(0, abs=0.02)
-    assert out.d_fake.item() == pytest.approx(0.5, abs=0.05)
+    assert out.d_fake.item() == pytest.approx(1.0, abs=0.1)
     assert out.value.item() == pytest.approx(0, abs=0.05)
 
 
@@ -111,17 +111,18 @@ def test_began_is_the_papers() -> None:
 
 def test_trajectory_of_k() -> None:
     """Step by step from the log: k follows gamma L(x) - L(G(z)), both of the same step, and stays in [0, 1]."""
-    t = trainer("began", began_gamma=0.9, began_lambda=0.3)
+    t = trainer("began", began_gamma=0.9, began_lambda=1.0)
     assert isinstance(t.critic, BEGAN)
     k, seen = 0.0, []
     for i in range(60):
         with torch.no_grad():
             before = [p.clone() for p in t.generator.parameters()]
-        out = t.step(images(6, i) * (0.1 if i > 40 else 1.0))
-        k = min(max(k + 0.3 * (0.9 * out["d_real"].item() - out["g_loss"].item()), 0.0), 1.0)
+        out = t.step(images(6, i) * (0.1 if i > 30 else 1.0))
+        k = min(max(k + (0.9 * out["d_real"].item() - out["g_loss"].item()), 0.0), 1.0)
         assert t.critic.k.item() == pytest.approx(k, abs=1e-5)
         assert any((a != b).any() for a, b in zip(before, t.generator.parameters(), strict=True))
         seen.append(k)
+
     assert min(seen) == 0.0
     assert max(seen) > 0.3
 
@@ -171,10 +172,10 @@ def test_sixteen_bits_are_summed_in_float32(loss: str) -> None:
 
 def test_settings_that_do_not_go_together() -> None:
     for changes, sentence in (
-        ({"loss": "ebgan", "penalty": "gp"}, "penalty must be none with --loss ebgan, whose critic gives energies and no scores, got gp"),
+        ({"loss": "ebgan", "penalty": "gp"}, "penalty must be none with --loss ebgan, whose critic gives energies .*, got gp"),
         ({"loss": "began", "real_label": 0.9}, "real_label must be 1 with --loss began, which has no targets, got 0.9"),
-        ({"loss": "wgan", "clip_weights": 0.1, "fake_label": 0.1}, "fake_label must be 0 with --loss wgan, which has no targets, got 0.1"),
-        ({"loss": "hinge", "real_label": 0.9}, "real_label must be 1 with --loss hinge, which has no targets, got 0.9"),
+        ({"loss": "hinge", "fake_label": 0.1}, "fake_label must be 0 with --loss hinge, which has no targets, got 0.1"),
+        ({"loss": "fgan-kl", "real_label": 0.9}, "real_label must be 1 with --loss fgan-kl, which has no targets, got 0.9"),
         ({"loss": "ebgan", "generator_loss": "saturating"}, "generator_loss must be default with --loss ebgan, got 'saturating'"),
         ({"loss": "ebgan", "margin": -1.0}, "margin must be a finite number >= 0, got -1.0"),
         ({"loss": "began", "began_gamma": 1.5}, r"began_gamma must be in \[0, 1\], got 1.5"),
@@ -189,5 +190,5 @@ def test_networks_that_do_not_fit_are_refused() -> None:
     rng, plain = torch.Generator(), dataclasses.replace(config("ebgan"), arch="mlp")
     with pytest.raises(ValueError, match="train: arch must be autoencoder with --loss ebgan, whose critic is one, got mlp"):
         choose(nn.Linear(2, 1), plain, rng)
-    with pytest.raises(ValueError, match="train: loss must be ebgan, began, mmd or mmd-gan with --arch autoencoder, .* got lsgan"):
+    with pytest.raises(ValueError, match=r"train: loss must be ebgan, began, mmd or mmd-gan with --arch autoencoder, .* got lsgan"):
         choose(autoencoder(), config("lsgan"), rng)

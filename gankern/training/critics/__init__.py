@@ -71,7 +71,7 @@ def choose(net: nn.Module, config: TrainConfig, rng: torch.Generator, one_pass: 
         checks.fail(ValueError, OP, "loss", wanted, config.loss)
     loss = GANLoss(config.objective, config.real_label, config.fake_label)
     settings = config.penalty, config.penalty_weight, rng
-    if config.arch == "acgan":
+    if getattr(net, "classifies", False):
         return Auxiliary(net, loss, *settings, one_pass, config.class_weight)
     if one_pass is not False and _one_pass.fits(net, config.penalty):
         return OnePass(net, loss, *settings)

@@ -17,7 +17,7 @@ class Auxiliary(Autograd):
     With CE = -log P(class), critic: the adversarial loss + w (mean CE(real) + mean CE(fake)); generator: its own + w mean CE(fake).
 
     Args:
-        net: samples -> (logits [B], logits of the classes [B, classes]); it is not told the labels.
+        net: samples -> (logits [B], logits of the classes [B, classes]); it is not told the labels, and has `classifies` = True.
         class_weight: w, >= 0.
         Others as `Autograd`.
 
