@@ -11,7 +11,7 @@ USAGE = """usage: gankern COMMAND ...
 
 commands:
   train PRESET ...   train a GAN; also called gankern-train
-  sample RUN ...     draw samples from a run: a picture, a folder of pictures, or a .npz
+  sample RUN ...     draw samples from a run: a picture, a folder of pictures, a .npz or a .csv
   presets            list the presets
   explain LOSS       what an objective minimises, the values to expect in the log, signs of failure; without LOSS all are listed
   doctor             versions, devices, what is built, and what each op runs on
