@@ -188,7 +188,7 @@ def test_settings_that_do_not_go_together() -> None:
 
 def test_networks_that_do_not_fit_are_refused() -> None:
     rng, plain = torch.Generator(), dataclasses.replace(config("ebgan"), arch="mlp")
-    with pytest.raises(ValueError, match="train: arch must be autoencoder with --loss ebgan, whose critic is one, got mlp"):
+    with pytest.raises(ValueError, match="train: arch must be autoencoder or conv-autoencoder with --loss ebgan, got mlp"):
         choose(nn.Linear(2, 1), plain, rng)
     with pytest.raises(ValueError, match=r"train: loss must be ebgan, began, mmd or mmd-gan with --arch autoencoder, .* got lsgan"):
         choose(autoencoder(), config("lsgan"), rng)

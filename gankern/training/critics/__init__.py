@@ -64,7 +64,7 @@ def choose(net: nn.Module, config: TrainConfig, rng: torch.Generator, one_pass: 
         return MMDGAN(net, config, rng, one_pass)
     if config.loss in ("ebgan", "began"):
         if not reconstructs:
-            checks.fail(ValueError, OP, "arch", f"be autoencoder with --loss {config.loss}, whose critic is one", config.arch)
+            checks.fail(ValueError, OP, "arch", f"be autoencoder or conv-autoencoder with --loss {config.loss}", config.arch)
         return (EBGAN if config.loss == "ebgan" else BEGAN)(net, config, one_pass)
     if reconstructs:
         wanted = "be ebgan, began, mmd or mmd-gan with --arch autoencoder, which gives no logits"
