@@ -15,6 +15,12 @@ from gankern.training.networks import CONDITIONAL
 CLASSES = 3
 WIDTHS: dict[str, Any] = {"z_dim": 5, "g_widths": (8, 10), "d_widths": (9, 7), "conv_width": 4}
 BATCH = {"ctgan-like": 20}
+# Settings that switch the techniques of a step on, for the preset "gan".
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "instance-noise": {"instance_noise": 0.3, "instance_noise_steps": 10},
+    "label-ranges": {"real_label_range": (0.7, 1.2), "fake_label_range": (0.0, 0.3)},
+    "label-noise": {"label_noise": 0.2},
+}
 
 
 def config(preset: str, **changes: Any) -> TrainConfig:

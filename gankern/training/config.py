@@ -93,10 +93,16 @@ class TrainConfig:
     """What critic and generator minimise; `gankern explain NAME` has the equations and the values to expect."""
     generator_loss: Literal["default", "saturating", "non-saturating", "max-likelihood"] = "default"
     """The generator's side, for the losses that have several: those of Goodfellow et al. and the f-divergences."""
-    real_label: float = 1.0
+    label_smoothing: float = 1.0
     """The discriminator's target for real images; 0.9 is one-sided label smoothing."""
     fake_label: float = 0.0
     """The discriminator's target for generated images."""
+    real_label_range: tuple[float, ...] = ()
+    """Draw each real image's target anew at each update, uniformly between these two numbers, such as 0.7 1.2. Nothing: off."""
+    fake_label_range: tuple[float, ...] = ()
+    """The same for generated images, such as 0 0.3. Nothing: off."""
+    label_noise: float = 0.0
+    """Probability that an image gets the target of the other kind, at each update of the discriminator. 0: off."""
     n_critic: int = 1
     """Updates of the discriminator a step, each with a batch of its own."""
     penalty: Literal["none", "gp", "lp", "0gp", "dragan", "r1", "r2"] = "none"
@@ -176,8 +182,12 @@ class TrainConfig:
         ):
             checks.number(OP, field, getattr(self, field), 0)
         checks.number(OP, "seed", self.seed, 0, 2**62)
-        for field in ("real_label", "fake_label", "g_dropout", "d_dropout"):
+        for field in ("label_smoothing", "fake_label", "label_noise", "g_dropout", "d_dropout"):
             checks.number(OP, field, getattr(self, field), 0.0, 1.0)
+        for field in ("real_label_range", "fake_label_range"):
+            value = getattr(self, field)
+            if value and (len(value) != 2 or not value[0] <= value[1]):
+                checks.fail(ValueError, OP, field, "be two numbers, the smaller one first, or nothing", value)
         for field in ("beta1", "beta2", "ema"):
             value = getattr(self, field)
             if not 0.0 <= value < 1.0:
@@ -224,8 +234,10 @@ def _check_type(field: str, value: object, kind: Any) -> None:
     if origin is Literal:
         checks.one_of(OP, field, value, typing.get_args(kind))
     elif origin is tuple:
-        if not isinstance(value, tuple) or any(type(v) is not int for v in value):
-            checks.fail(TypeError, OP, field, "be a tuple of ints", repr(value))
+        element = typing.get_args(kind)[0]
+        allowed = (int, float) if element is float else (element,)
+        if not isinstance(value, tuple) or any(type(v) not in allowed for v in value):
+            checks.fail(TypeError, OP, field, f"be a tuple of {element.__name__}s", repr(value))
     elif kind is float:
         checks.number(OP, field, value, float("-inf"))  # type: ignore[arg-type]
     elif type(value) is not kind:

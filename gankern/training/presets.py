@@ -23,11 +23,11 @@ _DCGAN: dict[str, Any] = {"arch": "dcgan", "d_norm": "batch", "batch_size": 128,
 PRESETS = {
     # Dropout in the critic and one-sided label smoothing keep all ten digits; without them a class or two is lost.
     "gan": Preset(
-        "the GAN of Goodfellow et al. 2014 with two MLPs, on MNIST", TrainConfig(d_dropout=0.3, real_label=0.9, ema=0.999)
+        "the GAN of Goodfellow et al. 2014 with two MLPs, on MNIST", TrainConfig(d_dropout=0.3, label_smoothing=0.9, ema=0.999)
     ),
     "cgan": Preset(
         "conditional GAN, two MLPs that are told the class (Mirza and Osindero 2014)",
-        TrainConfig(arch="cgan", d_dropout=0.3, real_label=0.9, ema=0.999),
+        TrainConfig(arch="cgan", d_dropout=0.3, label_smoothing=0.9, ema=0.999),
     ),
     "wgan-gp": Preset(
         "Wasserstein GAN with gradient penalty, two MLPs, 5 critic updates a step (Gulrajani et al. 2017)",

@@ -38,7 +38,7 @@ def choose(net: nn.Module, config: TrainConfig, rng: torch.Generator, one_pass: 
         rng: source of the penalty's points.
         one_pass: whether real and fake may share a pass. None: yes, unless samples of a batch see each other in the critic.
     """
-    loss = GANLoss(config.objective, config.real_label, config.fake_label)
+    loss = GANLoss(config.objective, config.label_smoothing, config.fake_label)
     settings = config.penalty, config.penalty_weight, rng
     if one_pass is not False and _one_pass.fits(net, config.penalty):
         return OnePass(net, loss, *settings)
