@@ -20,6 +20,8 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "instance-noise": {"instance_noise": 0.3, "instance_noise_steps": 10},
     "label-ranges": {"real_label_range": (0.7, 1.2), "fake_label_range": (0.0, 0.3)},
     "label-noise": {"label_noise": 0.2},
+    "sgd": {"optimizer_d": "sgd", "optimizer_g": "sgd", "momentum": 0.9, "ttur": 2.0},
+    "rmsprop": {"optimizer_d": "rmsprop", "optimizer_g": "rmsprop"},
 }
 
 

@@ -22,8 +22,8 @@ import gankern
 from gankern import backend
 from gankern.nn import _chain
 from gankern.training import PRESETS, Trainer
-from gankern.training.adam import Adam
 from gankern.training.graph import Graph
+from gankern.training.optimizers import Adam
 from tests import small
 
 # Operators without a tag of their own that wait for the device or take data from the host.

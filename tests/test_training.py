@@ -22,8 +22,8 @@ from gankern.ops._objectives import OBJECTIVES
 from gankern.ops._philox import draw_seed, dropout_keep
 from gankern.ops.gan_loss import gan_loss
 from gankern.training import PRESETS, Ema, TrainConfig, Trainer, checkpoint, pictures
-from gankern.training.adam import Adam
 from gankern.training.config import MAY_CHANGE
+from gankern.training.optimizers import Adam
 from gankern.training.run_dir import RunDir, locate
 from gankern.training.trainer import generate
 from tests.support import DEVICE

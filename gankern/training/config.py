@@ -147,14 +147,22 @@ class TrainConfig:
     negative_slope: float = 0.2
     """Slope of LeakyReLU for negative inputs."""
 
+    optimizer_d: Literal["adam", "sgd", "rmsprop"] = "adam"
+    """Optimiser of the discriminator."""
+    optimizer_g: Literal["adam", "sgd", "rmsprop"] = "adam"
+    """Optimiser of the generator."""
     lr_g: float = 2e-4
-    """Adam's learning rate for the generator."""
+    """Learning rate of the generator."""
     lr_d: float = 2e-4
-    """Adam's learning rate for the discriminator."""
+    """Learning rate of the discriminator."""
+    ttur: float = 0.0
+    """Learning rate of the discriminator as a multiple of lr_g, in place of lr_d: the two time-scale update rule. 0: lr_d."""
     beta1: float = 0.5
     """Adam's first decay rate, for both."""
     beta2: float = 0.999
     """Adam's second decay rate, for both."""
+    momentum: float = 0.0
+    """Momentum of sgd."""
     ema: float = 0.0
     """Decay of the running average of the generator's weights, which the pictures then show; 0.999 is usual. 0: off."""
     ema_warmup: bool = True
@@ -174,6 +182,8 @@ class TrainConfig:
             "negative_slope",
             "lr_g",
             "lr_d",
+            "ttur",
+            "momentum",
             "penalty_weight",
             "clip_weights",
             "clip_gradients",
@@ -201,6 +211,11 @@ class TrainConfig:
     def objective(self) -> str:
         """The row of gankern.gan_loss's table that `loss` and `generator_loss` name together."""
         return variant(self.loss, self.generator_loss)
+
+    @property
+    def rate_d(self) -> float:
+        """The discriminator's learning rate (Heusel et al., "GANs trained by a two time-scale update rule", NeurIPS 2017)."""
+        return self.ttur * self.lr_g if self.ttur else self.lr_d
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

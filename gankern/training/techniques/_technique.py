@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from gankern.training.adam import Adam
+    from gankern.training.optimizers import InPlace
     from gankern.training.trainer import Trainer
 
 
@@ -39,7 +39,7 @@ class Technique:
         """What the generator's loss has besides, [], attached to the graph of fake."""
         return None
 
-    def gradients(self, optimizer: Adam) -> None:
+    def gradients(self, optimizer: InPlace) -> None:
         """After the backward pass of the network whose optimiser this is, before its update."""
 
     def after_step(self) -> None:
