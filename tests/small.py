@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gankern.data import Batches, ImageData
+from gankern.data import Batches, Dataset
 from gankern.training import PRESETS, TrainConfig, Trainer
 from gankern.training.networks import CONDITIONAL
 
@@ -23,6 +23,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer_d": "sgd", "optimizer_g": "sgd", "momentum": 0.9, "ttur": 2.0},
     "rmsprop": {"optimizer_d": "rmsprop", "optimizer_g": "rmsprop"},
 }
+CONVOLUTIONAL = ("dcgan", "sngan")  # the smallest square they have is 8
 
 
 def config(preset: str, **changes: Any) -> TrainConfig:
@@ -31,18 +32,19 @@ def config(preset: str, **changes: Any) -> TrainConfig:
 
 
 def shape(settings: TrainConfig) -> tuple[int, int, int]:
-    return (1, settings.size or 6, settings.size or 6)
+    side = settings.size or (8 if settings.arch in CONVOLUTIONAL else 6)
+    return (1, side, side)
 
 
 def classes(settings: TrainConfig) -> int:
     return CLASSES if settings.arch in CONDITIONAL else 0
 
 
-def images(settings: TrainConfig, count: int = 200) -> ImageData:
+def images(settings: TrainConfig, count: int = 200) -> Dataset:
     """Noise, and classes in turn."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (count, *shape(settings)), generator=generator, dtype=torch.uint8)
-    return ImageData(pixels, torch.arange(count) % CLASSES, "noise", tuple(map(str, range(CLASSES))))
+    return Dataset(pixels, torch.arange(count) % CLASSES, "noise", tuple(map(str, range(CLASSES))))
 
 
 def trainer(settings: TrainConfig, device: torch.device | str = "cpu", **options: Any) -> Trainer:

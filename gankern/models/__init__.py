@@ -1,22 +1,39 @@
 """Networks: generators and critics of the published systems, and the latent vectors that they start from."""
 
-from gankern.models.conditional import CGANDiscriminator, CGANGenerator
+from gankern.models.acgan import ACGANDiscriminator, ConvACGANDiscriminator
+from gankern.models.autoencoder import ConvAutoencoder, MLPAutoencoder
+from gankern.models.conditional import CDCGANDiscriminator, CDCGANGenerator, CGANDiscriminator, CGANGenerator
 from gankern.models.dcgan import DCGANDiscriminator, DCGANGenerator
 from gankern.models.latent import sample_latent
 from gankern.models.mlp import MLPDiscriminator, MLPGenerator
+from gankern.models.packed import Packed
 from gankern.models.sngan import SNGANDiscriminator, SNGANGenerator
 from gankern.models.tabular import TabularDiscriminator, TabularGenerator
+from gankern.models.toy import MaxoutDiscriminator, ToyGenerator, UnrolledDiscriminator, pacgan_toy, unrolled_toy, wgan_gp_toy
 
 __all__ = [
+    "ACGANDiscriminator",
+    "CDCGANDiscriminator",
+    "CDCGANGenerator",
     "CGANDiscriminator",
     "CGANGenerator",
+    "ConvACGANDiscriminator",
+    "ConvAutoencoder",
     "DCGANDiscriminator",
     "DCGANGenerator",
+    "MLPAutoencoder",
     "MLPDiscriminator",
     "MLPGenerator",
+    "MaxoutDiscriminator",
+    "Packed",
     "SNGANDiscriminator",
     "SNGANGenerator",
     "TabularDiscriminator",
     "TabularGenerator",
+    "ToyGenerator",
+    "UnrolledDiscriminator",
+    "pacgan_toy",
     "sample_latent",
+    "unrolled_toy",
+    "wgan_gp_toy",
 ]

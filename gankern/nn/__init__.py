@@ -10,6 +10,7 @@ from gankern.nn.conv import (
     ConvTransposeLeakyReLU3d,
 )
 from gankern.nn.linear import LinearLeakyReLU
+from gankern.nn.maxout import Maxout
 from gankern.nn.minibatch import MinibatchDiscrimination, MinibatchDistance
 from gankern.nn.mlp_critic import MLPCritic, MLPLayers, mlp_layers, mlp_problem
 from gankern.nn.spectral_norm import spectral_norm, spectral_norm_
@@ -27,6 +28,7 @@ __all__ = [
     "LinearLeakyReLU",
     "MLPCritic",
     "MLPLayers",
+    "Maxout",
     "MinibatchDiscrimination",
     "MinibatchDistance",
     "SyncBatchNormLeakyReLU",

@@ -64,8 +64,8 @@ class Eager:
         return out
 
     def gather(self, indices: Tensor) -> tuple[Tensor, ...]:
-        images = self.batches.images(indices)
-        return (images, self.batches.labels(indices)) if self.labelled else (images,)
+        samples = self.batches.samples(indices)
+        return (samples, self.batches.labels(indices)) if self.labelled else (samples,)
 
 
 class Replay(Protocol):

@@ -12,21 +12,21 @@ from gankern.nn.fuse import fuse
 from gankern.training.config import TrainConfig
 
 Networks = tuple[nn.Module, nn.Module]
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
 
 
 def networks(config: TrainConfig, shape: Shape, classes: int = 0, fused: bool = True) -> Networks:
-    """(generator, discriminator) of config.arch for images of `shape` [C, H, W], from PyTorch's default generator.
+    """(generator, discriminator) of config.arch for samples of `shape`, [C, H, W] of images, from PyTorch's default generator.
 
     Args:
         classes: of the data; a conditional architecture needs them.
-        fused: with gankern.fuse. (Those of mlp are made of fused layers.)
+        fused: with gankern.fuse.
 
     Raises:
         ValueError: no classes for a conditional architecture; a size that the architecture does not have.
     """
     generator, discriminator = _ARCHS[config.arch](config, shape, classes)
-    if fused and config.arch != "mlp":
+    if fused:
         generator, discriminator = fuse(generator), fuse(discriminator)
     return generator, spectral_norm_(discriminator) if config.spectral_norm else discriminator
 
@@ -34,9 +34,14 @@ def networks(config: TrainConfig, shape: Shape, classes: int = 0, fused: bool = 
 def _mlp(config: TrainConfig, shape: Shape, classes: int) -> Networks:
     slope = config.negative_slope
     return (
-        models.MLPGenerator(config.z_dim, config.g_widths, shape, config.g_norm, config.g_dropout, slope),
+        models.MLPGenerator(config.z_dim, config.g_widths, shape, config.g_norm, config.g_dropout, slope, _output(shape)),
         models.MLPDiscriminator(shape, config.d_widths, config.d_dropout, slope),
     )
+
+
+def _output(shape: Shape) -> str:
+    """Images are in [-1, 1], all else is unbounded."""
+    return "tanh" if len(shape) == 3 else "none"
 
 
 def _dcgan(config: TrainConfig, shape: Shape, classes: int) -> Networks:
@@ -63,7 +68,7 @@ def _cgan(config: TrainConfig, shape: Shape, classes: int) -> Networks:
 
 def _tabular(config: TrainConfig, shape: Shape, classes: int) -> Networks:
     return (
-        models.TabularGenerator(shape, config.z_dim, config.g_widths),
+        models.TabularGenerator(shape, config.z_dim, config.g_widths, _output(shape)),
         models.TabularDiscriminator(
             shape, config.d_widths, dropout=config.d_dropout, pack=config.pack, negative_slope=config.negative_slope
         ),

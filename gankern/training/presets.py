@@ -1,4 +1,4 @@
-"""The presets: each a row that names its settings."""
+"""The presets: each a row that names its settings, where they come from, and what to expect."""
 
 from __future__ import annotations
 
@@ -9,40 +9,138 @@ from gankern.training.networks import Networks, Shape, networks
 
 
 class Preset(NamedTuple):
-    """A line for the list, the settings, and `build(config, shape, classes)`: see `networks`."""
+    """A line for the list, its source, what a run shows, the settings, and `build(config, shape, classes)`: see `networks`."""
 
     summary: str
+    source: str
+    expect: str
     config: TrainConfig
 
     def build(self, config: TrainConfig, shape: Shape, classes: int = 0, fused: bool = True) -> Networks:
         return networks(config, shape, classes, fused)
 
 
+# Dropout in the critic and one-sided label smoothing keep all ten digits; without them a class or two is lost.
+_MLP: dict[str, Any] = {"d_dropout": 0.3, "ema": 0.999}
 _DCGAN: dict[str, Any] = {"arch": "dcgan", "d_norm": "batch", "batch_size": 128, "ema": 0.999}
+_BOUNDED: dict[str, Any] = {
+    "arch": "dcgan",
+    "spectral_norm": True,
+    "beta1": 0.0,
+    "beta2": 0.9,
+    "lr_d": 4e-4,
+    "lr_g": 1e-4,
+    "ema": 0.999,
+}
 
 PRESETS = {
-    # Dropout in the critic and one-sided label smoothing keep all ten digits; without them a class or two is lost.
     "gan": Preset(
-        "the GAN of Goodfellow et al. 2014 with two MLPs, on MNIST", TrainConfig(d_dropout=0.3, label_smoothing=0.9, ema=0.999)
+        "the GAN: two MLPs, the non-saturating loss, on MNIST",
+        "Goodfellow et al. 2014",
+        "all ten digits, a little noisy",
+        TrainConfig(**_MLP, label_smoothing=0.9),
+    ),
+    "gan-minimax": Preset(
+        "the same with the minimax loss of algorithm 1",
+        "Goodfellow et al. 2014",
+        "slower at first: the generator's gradient vanishes while the critic wins",
+        TrainConfig(**_MLP, label_smoothing=0.9, generator_loss="saturating"),
+    ),
+    "gan-bn": Preset(
+        "the same with BatchNorm in the generator",
+        "Goodfellow et al. 2014; Ioffe and Szegedy 2015",
+        "sharper digits sooner",
+        TrainConfig(**_MLP, label_smoothing=0.9, g_norm="batch"),
+    ),
+    "dcgan": Preset(
+        "convolutional GAN at the data's own size (28, 32, 64 px)",
+        "Radford et al. 2016",
+        "clean digits within a few hundred steps",
+        TrainConfig(**_DCGAN),
+    ),
+    "dcgan-32": Preset(
+        "convolutional GAN at 32 px", "Radford et al. 2016", "clean digits", TrainConfig(**_DCGAN, size=32)
+    ),
+    "dcgan-64": Preset(
+        "convolutional GAN at 64 px", "Radford et al. 2016", "clean digits, large", TrainConfig(**_DCGAN, size=64)
     ),
     "cgan": Preset(
-        "conditional GAN, two MLPs that are told the class (Mirza and Osindero 2014)",
-        TrainConfig(arch="cgan", d_dropout=0.3, label_smoothing=0.9, ema=0.999),
+        "conditional GAN: two MLPs that are told the class",
+        "Mirza and Osindero 2014",
+        "the digit that is asked for",
+        TrainConfig(arch="cgan", **_MLP, label_smoothing=0.9),
+    ),
+    "lsgan": Preset(
+        "least squares in place of the logistic loss, convolutional",
+        "Mao et al. 2017",
+        "clean digits",
+        TrainConfig(**_DCGAN, loss="lsgan"),
+    ),
+    "hinge": Preset(
+        "hinge loss, spectrally normalised convolutional critic",
+        "Lim and Ye 2017; Miyato et al. 2018",
+        "clean digits; the critic's loss stays between 1 and 2",
+        TrainConfig(**_BOUNDED, loss="hinge"),
+    ),
+    "wgan": Preset(
+        "Wasserstein GAN with clipped weights, 5 critic updates a step",
+        "Arjovsky et al. 2017",
+        "-d_loss falls slowly as the samples improve",
+        TrainConfig(
+            arch="dcgan", loss="wgan", clip_weights=0.01, n_critic=5, lr_g=5e-5, lr_d=5e-5, ema=0.999
+        ),
     ),
     "wgan-gp": Preset(
-        "Wasserstein GAN with gradient penalty, two MLPs, 5 critic updates a step (Gulrajani et al. 2017)",
+        "Wasserstein GAN with gradient penalty, two MLPs, 5 critic updates a step",
+        "Gulrajani et al. 2017",
+        "-d_loss falls as the samples improve; no mode is lost",
         TrainConfig(
             loss="wgan", penalty="gp", n_critic=5, lr_g=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9, ema=0.999
         ),
     ),
     "sngan": Preset(
-        "spectrally normalised critic, hinge objective, the standard CNN (Miyato et al. 2018)",
+        "spectrally normalised critic, hinge loss, the standard CNN",
+        "Miyato et al. 2018",
+        "clean digits; the critic's loss stays between 1 and 2",
         TrainConfig(arch="sngan", loss="hinge", spectral_norm=True, size=32, beta1=0.0, beta2=0.9, z_dim=128, ema=0.999),
     ),
-    "dcgan-32": Preset("convolutional GAN at 32 px (Radford et al. 2016)", TrainConfig(**_DCGAN, size=32)),
-    "dcgan-64": Preset("convolutional GAN at 64 px (Radford et al. 2016)", TrainConfig(**_DCGAN, size=64)),
+    **{
+        name: Preset(
+            f"the critic bounds the {words} from below, two MLPs",
+            "Nowozin et al. 2016",
+            expect,
+            TrainConfig(**_MLP, loss=loss, generator_loss="non-saturating", lr_d=1e-4, lr_g=1e-4),  # type: ignore[arg-type]
+        )
+        for name, loss, words, expect in (
+            ("fgan-kl", "fgan-kl", "Kullback-Leibler divergence", "covers all digits, with some smears between them"),
+            ("fgan-rkl", "fgan-reverse-kl", "reverse Kullback-Leibler divergence", "cleaner digits, and fewer kinds of them"),
+            ("fgan-pearson", "fgan-pearson", "Pearson divergence", "covers all digits; a steep loss"),
+            ("fgan-hellinger", "fgan-hellinger", "squared Hellinger distance", "between fgan-kl and fgan-rkl"),
+            ("fgan-js", "fgan-jensen-shannon", "Jensen-Shannon divergence", "as gan"),
+        )
+    },
+    "rsgan": Preset(
+        "the critic compares each real sample with a fake one, convolutional",
+        "Jolicoeur-Martineau 2019",
+        "clean digits; both losses near log 2",
+        TrainConfig(**_DCGAN, loss="relativistic"),
+    ),
+    "ragan": Preset(
+        "the critic compares each sample with the mean of the other half, convolutional",
+        "Jolicoeur-Martineau 2019",
+        "clean digits; both losses near 2 log 2",
+        TrainConfig(**_DCGAN, loss="relativistic-average"),
+    ),
+    "rahinge": Preset(
+        "the same with the hinge loss",
+        "Jolicoeur-Martineau 2019",
+        "clean digits; both losses near 2",
+        TrainConfig(**_DCGAN, loss="relativistic-average-hinge"),
+    ),
     "ctgan-like": Preset(
-        "the MLPs of CTGAN: dropout 0.5, packs of 10, gradient penalty, batch 500 (Xu et al. 2019)",
+        "the MLPs of CTGAN: dropout 0.5, packs of 10, gradient penalty, batch 500",
+        "Xu et al. 2019",
+        "for tables; of MNIST coarse digits",
         TrainConfig(
             arch="tabular", loss="wgan", penalty="gp", pack=10, d_dropout=0.5, z_dim=128, batch_size=500,
             g_widths=(256, 256), d_widths=(256, 256), beta1=0.5, beta2=0.9,
