@@ -118,7 +118,8 @@ def test_labels_are_drawn_from_their_ranges_and_swapped() -> None:
         ({"real_label_range": (0.9, 1.2)}, "real_label_range must have its middle in .0, 1. with --loss non-saturating"),
         ({"fake_label_range": (-0.4, 0.3)}, "fake_label_range must have its middle"),
         ({"label_noise": 1.1}, "label_noise must be in .0, 1."),
-        ({"loss": "wgan", "penalty": "gp", "label_smoothing": 0.9}, "label_smoothing and fake_label.*with --loss wgan"),
+        ({"loss": "hinge", "real_label_range": (0.9, 1.0)}, "real_label_range must be left out with --loss hinge"),
+        ({"loss": "mmd", "label_noise": 0.1}, "label_noise must be 0 with --loss mmd"),
     ],
 )
 def test_refused_settings(changes: dict[str, Any], words: str) -> None:
@@ -128,4 +129,4 @@ def test_refused_settings(changes: dict[str, Any], words: str) -> None:
 
 def test_settings_at_the_border_are_taken() -> None:
     TrainConfig(loss="lsgan", real_label_range=(1.0, 2.0))
-    TrainConfig(loss="wgan", penalty="gp", real_label_range=(0.8, 1.2), fake_label_range=(-0.1, 0.1), label_noise=0.1)
+    TrainConfig(loss="hinge", label_noise=0.1)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gankern import checks
+from gankern.ops._objectives import OBJECTIVES
 
 if TYPE_CHECKING:
     from gankern.training.config import TrainConfig
 
 OP = "train"
+NO_CRITIC = {"penalty": "none", "n_critic": 1, "spectral_norm": False, "clip_weights": 0.0, "pack": 1}
 
 
 def check(c: TrainConfig) -> None:
@@ -21,8 +23,17 @@ def check(c: TrainConfig) -> None:
     _ = c.objective  # loss and generator_loss
     if c.g_norm == "batch" and c.batch_size == 1:
         _refuse("batch_size", "be >= 2 with BatchNorm", 1)
-    if c.loss == "wgan" and c.penalty == "none" and not c.spectral_norm and not c.clip_weights:
-        _refuse("loss", "have a bounded critic: --penalty, --spectral-norm or --clip-weights", "wgan alone")
+    if c.loss in ("wgan", "mmd-gan") and c.penalty == "none" and not c.spectral_norm and not c.clip_weights:
+        _refuse("loss", "have a bounded critic: --penalty, --spectral-norm or --clip-weights", f"{c.loss} alone")
+    if c.loss == "mmd":
+        for field, off in NO_CRITIC.items():
+            if getattr(c, field) != off:
+                _refuse(field, f"be {off} with --loss mmd, which has no critic", getattr(c, field))
+    if c.loss in ("ebgan", "began") and c.penalty != "none":
+        _refuse("penalty", f"be none with --loss {c.loss}, whose critic gives energies and no scores", c.penalty)
+    for field, plain in (("label_smoothing", 1.0), ("fake_label", 0.0)):
+        if getattr(c, field) != plain and not _has_targets(c.objective):
+            _refuse(field, f"be {plain:g} with --loss {c.loss}, which has no targets", getattr(c, field))
     _check_labels(c)
     if c.penalty != "none" and c.d_norm == "batch":
         _refuse("d_norm", "be none with --penalty, whose norm is of each sample by itself", "batch")
@@ -33,16 +44,20 @@ def check(c: TrainConfig) -> None:
 
 
 def _check_labels(c: TrainConfig) -> None:
-    """Every term is linear in its target, but for the squares, quadratic in it: in the mean a drawn target acts as its mean."""
-    means = []
-    for field, fixed in (("real_label_range", c.label_smoothing), ("fake_label_range", c.fake_label)):
+    """A term is linear in its target, or quadratic: a drawn target's expected gradient is that of its mean."""
+    for field in ("real_label_range", "fake_label_range"):
         ends = getattr(c, field)
-        means.append(sum(ends) / 2 if ends else fixed)
-        if "lsgan" not in c.loss and not 0.0 <= means[-1] <= 1.0:
+        if ends and not _has_targets(c.objective):
+            _refuse(field, f"be left out with --loss {c.loss}, which has no targets", ends)
+        if ends and "lsgan" not in c.loss and not 0.0 <= sum(ends) / 2 <= 1.0:
             _refuse(field, f"have its middle in [0, 1] with --loss {c.loss}, which falls without bound else", ends)
-    if c.loss == "wgan" and abs(sum(means) - 1.0) > 1e-6:
-        names = "label_smoothing and fake_label, or the middles of their ranges,"
-        _refuse(names, "add up to 1 with --loss wgan: a constant added to the critic lowers it without bound else", means)
+    if c.label_noise and c.objective not in OBJECTIVES:
+        _refuse("label_noise", f"be 0 with --loss {c.loss}, which has no targets", c.label_noise)
+
+
+def _has_targets(objective: str) -> bool:
+    """Whether the critic aims at a value of its own for real and for fake samples: cross entropies and squares."""
+    return objective in OBJECTIVES and OBJECTIVES[objective].real.term in ("bce", "jensen-shannon", "square", "square-sides")
 
 
 def _refuse(field: str, wanted: str, got: object) -> None:

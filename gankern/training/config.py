@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from gankern import checks
 from gankern.losses.variants import variant
+from gankern.ops.pairwise import MOST_SIGMAS
 from gankern.training import combinations
 
 OP = "train"
@@ -89,10 +91,30 @@ class TrainConfig:
         "relativistic-average",
         "relativistic-average-lsgan",
         "relativistic-average-hinge",
+        "ebgan",
+        "began",
+        "mmd",
+        "mmd-gan",
     ] = "non-saturating"
     """What critic and generator minimise; `gankern explain NAME` has the equations and the values to expect."""
     generator_loss: Literal["default", "saturating", "non-saturating", "max-likelihood"] = "default"
     """The generator's side, for the losses that have several: those of Goodfellow et al. and the f-divergences."""
+    margin: float = 1.0
+    """The energy up to which ebgan's critic pushes generated samples: a mean squared error of the reconstruction."""
+    pulling_away_weight: float = 0.1
+    """Weight of the pulling-away term in ebgan's generator loss, which keeps the samples' codes apart. 0: off."""
+    began_gamma: float = 0.5
+    """The ratio of the energies of generated and real samples that began keeps; lower is less varied."""
+    began_lambda: float = 0.001
+    """Rate at which began's k follows that ratio."""
+    mmd_bandwidths: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
+    """Widths sigma of the Gaussian kernels whose sum mmd and mmd-gan take."""
+    mmd_root: bool = False
+    """Minimise MMD instead of its square with --loss mmd: its gradient does not fade as the samples come close."""
+    mmd_reconstruction: float = 8.0
+    """Weight of the reconstruction error in mmd-gan's critic loss, where the critic is an auto-encoder."""
+    class_weight: float = 1.0
+    """Weight of the cross entropy of the classes in both losses of acgan."""
     label_smoothing: float = 1.0
     """The discriminator's target for real images; 0.9 is one-sided label smoothing."""
     fake_label: float = 0.0
@@ -185,6 +207,11 @@ class TrainConfig:
             "ttur",
             "momentum",
             "penalty_weight",
+            "margin",
+            "pulling_away_weight",
+            "began_lambda",
+            "mmd_reconstruction",
+            "class_weight",
             "clip_weights",
             "clip_gradients",
             "instance_noise",
@@ -192,7 +219,7 @@ class TrainConfig:
         ):
             checks.number(OP, field, getattr(self, field), 0)
         checks.number(OP, "seed", self.seed, 0, 2**62)
-        for field in ("label_smoothing", "fake_label", "label_noise", "g_dropout", "d_dropout"):
+        for field in ("label_smoothing", "fake_label", "label_noise", "g_dropout", "d_dropout", "began_gamma"):
             checks.number(OP, field, getattr(self, field), 0.0, 1.0)
         for field in ("real_label_range", "fake_label_range"):
             value = getattr(self, field)
@@ -205,11 +232,13 @@ class TrainConfig:
         for field in ("g_widths", "d_widths"):
             if any(width < 1 for width in getattr(self, field)):
                 checks.fail(ValueError, OP, field, "have widths >= 1", getattr(self, field))
+        if not 1 <= len(self.mmd_bandwidths) <= MOST_SIGMAS or not all(math.isfinite(s) and s > 0 for s in self.mmd_bandwidths):
+            checks.fail(ValueError, OP, "mmd_bandwidths", f"be 1 to {MOST_SIGMAS} numbers > 0", self.mmd_bandwidths)
         combinations.check(self)
 
     @property
     def objective(self) -> str:
-        """The row of gankern.gan_loss's table that `loss` and `generator_loss` name together."""
+        """The row of gankern.gan_loss's table that `loss` and `generator_loss` name together; a loss that is none of it, itself."""
         return variant(self.loss, self.generator_loss)
 
     @property
@@ -249,10 +278,9 @@ def _check_type(field: str, value: object, kind: Any) -> None:
     if origin is Literal:
         checks.one_of(OP, field, value, typing.get_args(kind))
     elif origin is tuple:
-        element = typing.get_args(kind)[0]
-        allowed = (int, float) if element is float else (element,)
-        if not isinstance(value, tuple) or any(type(v) not in allowed for v in value):
-            checks.fail(TypeError, OP, field, f"be a tuple of {element.__name__}s", repr(value))
+        of = typing.get_args(kind)[0]
+        if not isinstance(value, tuple) or any(type(v) not in (of, int) for v in value):
+            checks.fail(TypeError, OP, field, f"be a tuple of {of.__name__}s", repr(value))
     elif kind is float:
         checks.number(OP, field, value, float("-inf"))  # type: ignore[arg-type]
     elif type(value) is not kind:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gankern import checks
 from gankern.data import Batches
-from gankern.training.critics import Autograd
+from gankern.training.critics import Autograd, Auxiliary, OnePass
 from gankern.training.networks import CONDITIONAL
 from gankern.training.trainer import Trainer
 
@@ -187,7 +187,8 @@ def cuda_graph(body: Callable[[], None], rewind: Callable[[], None], trainer: Tr
 class Compile(Eager):
     """Eager steps with networks that torch.compile has compiled for this batch size.
 
-    A critic with a penalty stays as it is: compiled code has no second derivative. `why` says so.
+    A critic with a penalty stays as it is, as compiled code has no second derivative, and so does one that gives more than logits.
+    `why` says so.
 
     Args:
         trainer: gets the compiled networks; their weights and its state_dict stay what they are.
@@ -206,10 +207,12 @@ class Compile(Eager):
         saved = {key: v.clone() if isinstance(v, Tensor) else v for key, v in trainer.state_dict().items()}
         try:
             trainer.forward = torch.compile(trainer.generator, dynamic=False, **options)
-            if config.penalty == "none":
+            critic = trainer.critic
+            if isinstance(critic, Auxiliary) or not isinstance(critic, (Autograd, OnePass)):
+                self.why = "the critic is not compiled: its objective is not one of logits alone"
+            elif config.penalty == "none":
                 net: Any = torch.compile(trainer.discriminator, dynamic=False, **options)
-                one_pass = getattr(trainer.critic, "one_pass", True)
-                trainer.critic = Autograd(net, trainer.critic.loss, "none", 0.0, trainer.rng, one_pass)
+                trainer.critic = Autograd(net, critic.loss, "none", 0.0, trainer.rng, getattr(critic, "one_pass", True))
             else:
                 self.why = "the critic is not compiled: torch.compile gives its penalty no second derivative"
             trainer.step(*self.gather(batches.order[: batches.batch_size]))

@@ -73,8 +73,8 @@ class Trainer:
             labels: nothing, or their classes, int64 [n_critic * B], which the fakes get too.
 
         Returns:
-            Detached scalars on the device: d_loss, d_real = D(x), d_fake = D(G(z)) of the critic before its last update, and
-            g_loss after it.
+            Detached scalars on the device: d_loss, d_real and d_fake of the critic before its last update, and g_loss after it.
+            d_real and d_fake are D(x) and D(G(z)), or the energies or features' statistics that gankern.training.critics has.
 
         Raises:
             ValueError: real is no multiple of n_critic samples.
@@ -106,6 +106,8 @@ class Trainer:
             return self.forward(self.noise(n), *labels)
 
     def discriminator_step(self, real: Tensor, fake: Tensor, *labels: Tensor) -> Loss:
+        if not self.critic.learns:
+            return self.critic.discriminator(real, fake, *labels)
         self.opt_d.forget()
         with self.autocast():
             for technique in self._used:
@@ -211,8 +213,9 @@ class Trainer:
         return {"opt_g": self.opt_g, "opt_d": self.opt_d, **more}
 
     def _lasting(self) -> dict[str, Tensor]:
-        """The tensors that the techniques keep from step to step."""
-        return {f"{name}.{key}": value for name, t in self.techniques.items() for key, value in t.state().items()}
+        """The tensors that the critic's objective and the techniques keep from step to step."""
+        keepers = {"critic": self.critic, **self.techniques}
+        return {f"{name}.{key}": value for name, keeper in keepers.items() for key, value in keeper.state().items()}
 
 
 class Ema:
