@@ -21,6 +21,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "label-ranges": {"real_label_range": (0.7, 1.2), "fake_label_range": (0.0, 0.3)},
     "label-noise": {"label_noise": 0.2},
     "sgd": {"optimizer_d": "sgd", "optimizer_g": "sgd", "momentum": 0.9, "ttur": 2.0},
+    "unroll": {"unroll": 2},
     "rmsprop": {"optimizer_d": "rmsprop", "optimizer_g": "rmsprop"},
 }
 CONVOLUTIONAL = ("dcgan", "sngan")  # the smallest square they have is 8

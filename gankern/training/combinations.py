@@ -35,6 +35,11 @@ def check(c: TrainConfig) -> None:
         if getattr(c, field) != plain and not _has_targets(c.objective):
             _refuse(field, f"be {plain:g} with --loss {c.loss}, which has no targets", getattr(c, field))
     _check_labels(c)
+    for loss, why in (("mmd", "step has no critic"), ("began", "k follows each pass")):
+        if c.unroll and c.loss == loss:
+            _refuse("unroll", f"be 0 with --loss {loss}, whose {why}", c.unroll)
+    if c.unroll and c.clip_gradients:
+        _refuse("unroll", "be 0 with --clip-gradients, which is no part of the unrolled updates", c.unroll)
     if c.penalty != "none" and c.d_norm == "batch":
         _refuse("d_norm", "be none with --penalty, whose norm is of each sample by itself", "batch")
     if c.pack > 1 and c.arch != "tabular":

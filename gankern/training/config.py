@@ -138,6 +138,8 @@ class TrainConfig:
     clip_gradients: float = 0.0
     """Scale each network's gradient down to this norm where it is longer. 0: off."""
 
+    unroll: int = 0
+    """Updates of the discriminator through which the generator's gradient goes (unrolled GAN); 5 to 10 are usual. 0: off."""
     instance_noise: float = 0.0
     """Standard deviation of the noise that is added to all that the discriminator sees. 0: off."""
     instance_noise_steps: int = 0
@@ -206,6 +208,7 @@ class TrainConfig:
             "lr_d",
             "ttur",
             "momentum",
+            "unroll",
             "penalty_weight",
             "margin",
             "pulling_away_weight",

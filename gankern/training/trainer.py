@@ -54,11 +54,11 @@ class Trainer:
         self.generator = generator.to(self.device).train()
         self.discriminator = discriminator.to(self.device).train()
         self.rng = torch.Generator(self.device).manual_seed(config.seed + 1)
-        self.critic = critics.choose(discriminator, config, self.rng, one_pass)
         self.forward: Any = self.generator  # what a step calls; torch.compile may stand in for it
         capturable = self.device.type == "cuda" if capturable is None else capturable
         self.opt_g = make(config.optimizer_g, self.generator.parameters(), config.lr_g, config, capturable)
         self.opt_d = make(config.optimizer_d, self.discriminator.parameters(), config.rate_d, config, capturable)
+        self.critic = critics.choose(discriminator, config, self.rng, self.opt_d, one_pass)
         self.ema = Ema(generator, config.ema, config.ema_warmup) if config.ema > 0.0 else None
         self.steps_done = 0
         self.clock = torch.zeros((), device=self.device) if capturable else None  # steps_done, for what a graph replays

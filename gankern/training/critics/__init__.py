@@ -25,7 +25,9 @@ from gankern.training.critics.auxiliary import Auxiliary
 from gankern.training.critics.energy import BEGAN, EBGAN
 from gankern.training.critics.mmd import MMD, MMDGAN
 from gankern.training.critics.one_pass import OnePass
+from gankern.training.critics.unrolled import Unrolled
 from gankern.training.networks import CONDITIONAL
+from gankern.training.optimizers import InPlace
 
 __all__ = [
     "BEGAN",
@@ -37,6 +39,7 @@ __all__ = [
     "Critic",
     "Loss",
     "OnePass",
+    "Unrolled",
     "WithTerm",
     "choose",
     "frozen",
@@ -45,16 +48,27 @@ __all__ = [
 OP = "train"
 
 
-def choose(net: nn.Module, config: TrainConfig, rng: torch.Generator, one_pass: bool | None = None) -> Critic:
-    """The way to ask this critic for config.loss and config.penalty.
+def choose(net: nn.Module, config: TrainConfig, rng: torch.Generator, optimizer: InPlace, one_pass: bool | None = None) -> Critic:
+    """The way to ask this critic for config.loss and config.penalty, and the generator's loss after config.unroll updates of it.
 
     Args:
         rng: source of the penalty's points.
+        optimizer: of the critic's parameters, whose rule is unrolled.
         one_pass: whether real and fake may share a pass. None: yes, unless samples of a batch see each other in the critic.
 
     Raises:
         ValueError: a network that the objective cannot ask.
     """
+    critic = _plain(net, config, rng, one_pass)
+    if not config.unroll:
+        return critic
+    inner = critic
+    if isinstance(critic, OnePass):
+        inner = Autograd(net, critic.loss, config.penalty, config.penalty_weight, rng)
+    return Unrolled(critic, inner, net, optimizer, config.unroll, config.clip_weights)
+
+
+def _plain(net: nn.Module, config: TrainConfig, rng: torch.Generator, one_pass: bool | None) -> Critic:
     reconstructs = hasattr(net, "decode")
     if config.loss == "mmd":
         if config.arch in CONDITIONAL:
