@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gankern.models import MLPDiscriminator
+from gankern.models.autoencoder import MLPAutoencoder
 from gankern.nn import spectral_norm_
 from gankern.nn.fuse import fuse
 from gankern.training import TrainConfig, critics
@@ -139,6 +140,7 @@ def test_critics_of_our_layers() -> None:
     check(fuse(conv), (1, 4, 4))
     normed = nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.2), nn.Linear(4, 1), nn.Flatten(0))
     check(spectral_norm_(fuse(normed)).eval())
+    check(MLPAutoencoder((3,), (5,), 2), loss="ebgan")
 
 
 def test_no_gradient_and_no_past_give_no_nan() -> None:
