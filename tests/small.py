@@ -22,6 +22,11 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "label-noise": {"label_noise": 0.2},
     "sgd": {"optimizer_d": "sgd", "optimizer_g": "sgd", "momentum": 0.9, "ttur": 2.0},
     "unroll": {"unroll": 2},
+    "replay": {"replay": 7},
+    "feature-matching": {"feature_matching": 0.5},
+    "matching": {"generator_loss": "matching"},
+    "log-gradients": {"log_gradients": True},
+    "historical-averaging": {"historical_averaging": 0.1},
     "rmsprop": {"optimizer_d": "rmsprop", "optimizer_g": "rmsprop"},
 }
 CONVOLUTIONAL = ("dcgan", "sngan")  # the smallest square they have is 8

@@ -178,7 +178,7 @@ def test_unrolling_reaches_the_generator() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"loss": "mmd"}, "unroll must be 0 with --loss mmd, whose step has no critic"),
+        ({"loss": "mmd"}, "unroll must be 0 with --loss mmd, which has no critic"),
         ({"loss": "began"}, "unroll must be 0 with --loss began"),
         ({"clip_gradients": 1.0}, "unroll must be 0 with --clip-gradients"),
     ],

@@ -35,17 +35,38 @@ def check(c: TrainConfig) -> None:
         if getattr(c, field) != plain and not _has_targets(c.objective):
             _refuse(field, f"be {plain:g} with --loss {c.loss}, which has no targets", getattr(c, field))
     _check_labels(c)
-    for loss, why in (("mmd", "step has no critic"), ("began", "k follows each pass")):
-        if c.unroll and c.loss == loss:
-            _refuse("unroll", f"be 0 with --loss {loss}, whose {why}", c.unroll)
-    if c.unroll and c.clip_gradients:
-        _refuse("unroll", "be 0 with --clip-gradients, which is no part of the unrolled updates", c.unroll)
+    _check_techniques(c)
     if c.penalty != "none" and c.d_norm == "batch":
         _refuse("d_norm", "be none with --penalty, whose norm is of each sample by itself", "batch")
     if c.pack > 1 and c.arch != "tabular":
         _refuse("pack", "be 1 but for --arch tabular", c.pack)
     if c.batch_size % c.pack:
         _refuse("batch_size", f"be a multiple of pack ({c.pack})", c.batch_size)
+
+
+def _check_techniques(c: TrainConfig) -> None:
+    from gankern.training.networks import CONDITIONAL
+
+    features = c.feature_matching or c.generator_loss == "matching"
+    field = "feature_matching" if c.feature_matching else "generator_loss"
+    if features and c.objective not in OBJECTIVES:
+        _refuse(field, f"be left out with --loss {c.loss}, whose critic gives no logits", getattr(c, field))
+    if c.feature_matching and c.generator_loss == "matching":
+        _refuse("feature_matching", "be 0 with --generator-loss matching, which is the same term alone", c.feature_matching)
+    if c.replay and c.arch in CONDITIONAL:
+        _refuse("replay", f"be 0 with --arch {c.arch}, whose fakes have classes", c.replay)
+    if c.replay and c.replay < c.batch_size // 2:
+        _refuse("replay", f"be >= {c.batch_size // 2}, half of --batch-size", c.replay)
+    if c.unroll:
+        for other, met, why in (
+            ("--loss mmd", c.loss == "mmd", "has no critic"),
+            ("--loss began", c.loss == "began", "moves its k at each pass"),
+            ("--generator-loss matching", c.generator_loss == "matching", "takes the critic as it is"),
+            ("--clip-gradients", c.clip_gradients, "is no part of the unrolled updates"),
+            ("--historical-averaging", c.historical_averaging, "is no part of the unrolled updates"),
+        ):
+            if met:
+                _refuse("unroll", f"be 0 with {other}, which {why}", c.unroll)
 
 
 def _check_labels(c: TrainConfig) -> None:

@@ -52,6 +52,8 @@ class TrainConfig:
     """Steps between pictures of generated samples. 0: only before the first and after the last step."""
     log_every: int = 50
     """Steps between lines of log.jsonl."""
+    log_gradients: bool = False
+    """Write the norms of both networks' gradients into log.jsonl too."""
     keep: int = 2
     """Newest checkpoints kept. 0: all."""
     resume: str = "never"
@@ -97,8 +99,9 @@ class TrainConfig:
         "mmd-gan",
     ] = "non-saturating"
     """What critic and generator minimise; `gankern explain NAME` has the equations and the values to expect."""
-    generator_loss: Literal["default", "saturating", "non-saturating", "max-likelihood"] = "default"
-    """The generator's side, for the losses that have several: those of Goodfellow et al. and the f-divergences."""
+    generator_loss: Literal["default", "saturating", "non-saturating", "max-likelihood", "matching"] = "default"
+    """The generator's side, for the losses that have several: those of Goodfellow et al. and the f-divergences; or matching, of the
+    critic's mean features alone."""
     margin: float = 1.0
     """The energy up to which ebgan's critic pushes generated samples: a mean squared error of the reconstruction."""
     pulling_away_weight: float = 0.1
@@ -138,6 +141,12 @@ class TrainConfig:
     clip_gradients: float = 0.0
     """Scale each network's gradient down to this norm where it is longer. 0: off."""
 
+    replay: int = 0
+    """Size of a buffer of earlier generated images, from which half of those of each discriminator's update come. 0: off."""
+    feature_matching: float = 0.0
+    """Weight of the distance of the discriminator's mean features in the generator's loss. 0: off."""
+    historical_averaging: float = 0.0
+    """Weight of each network's squared distance from the mean of its past parameters. 0: off."""
     unroll: int = 0
     """Updates of the discriminator through which the generator's gradient goes (unrolled GAN); 5 to 10 are usual. 0: off."""
     instance_noise: float = 0.0
@@ -209,6 +218,9 @@ class TrainConfig:
             "ttur",
             "momentum",
             "unroll",
+            "replay",
+            "feature_matching",
+            "historical_averaging",
             "penalty_weight",
             "margin",
             "pulling_away_weight",

@@ -99,7 +99,10 @@ class Trainer:
             self.clock += 1
         for technique in self._used:
             technique.after_step()
-        return {"d_loss": d.value, "g_loss": g.value, "d_real": d.d_real, "d_fake": d.d_fake}
+        out = {"d_loss": d.value, "g_loss": g.value, "d_real": d.d_real, "d_fake": d.d_fake}
+        for technique in self._used:
+            out |= technique.columns()
+        return out
 
     def fake(self, n: int, *labels: Tensor) -> Tensor:
         with self.autocast():

@@ -23,6 +23,7 @@ from gankern.training.critics._common import Critic, Loss, WithTerm, frozen
 from gankern.training.critics.autograd import Autograd
 from gankern.training.critics.auxiliary import Auxiliary
 from gankern.training.critics.energy import BEGAN, EBGAN
+from gankern.training.critics.matching import Matching
 from gankern.training.critics.mmd import MMD, MMDGAN
 from gankern.training.critics.one_pass import OnePass
 from gankern.training.critics.unrolled import Unrolled
@@ -38,6 +39,7 @@ __all__ = [
     "Auxiliary",
     "Critic",
     "Loss",
+    "Matching",
     "OnePass",
     "Unrolled",
     "WithTerm",
@@ -60,6 +62,8 @@ def choose(net: nn.Module, config: TrainConfig, rng: torch.Generator, optimizer:
         ValueError: a network that the objective cannot ask.
     """
     critic = _plain(net, config, rng, one_pass)
+    if config.generator_loss == "matching":
+        return Matching(critic, net)
     if not config.unroll:
         return critic
     inner = critic

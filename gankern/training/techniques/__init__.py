@@ -5,13 +5,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gankern.training.techniques._technique import Technique
+from gankern.training.techniques.feature_matching import FeatureMatching
+from gankern.training.techniques.historical_averaging import HistoricalAveraging
 from gankern.training.techniques.instance_noise import InstanceNoise
 from gankern.training.techniques.labels import Labels
+from gankern.training.techniques.log_gradients import LogGradients
+from gankern.training.techniques.replay import Replay
 
 if TYPE_CHECKING:
     from gankern.training.trainer import Trainer
 
-__all__ = ["TECHNIQUES", "InstanceNoise", "Labels", "Technique", "wanted"]
+__all__ = [
+    "TECHNIQUES",
+    "FeatureMatching",
+    "HistoricalAveraging",
+    "InstanceNoise",
+    "Labels",
+    "LogGradients",
+    "Replay",
+    "Technique",
+    "wanted",
+]
 
 # The fields of TrainConfig that switch each on where they are not 0, "none", False or ().
 TECHNIQUES: dict[str, type[Technique]] = {
@@ -19,6 +33,10 @@ TECHNIQUES: dict[str, type[Technique]] = {
     "real_label_range": Labels,
     "fake_label_range": Labels,
     "label_noise": Labels,
+    "replay": Replay,
+    "feature_matching": FeatureMatching,
+    "historical_averaging": HistoricalAveraging,
+    "log_gradients": LogGradients,  # the last one: what the others add to the gradients is in the norms
 }
 
 

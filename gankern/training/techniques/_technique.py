@@ -45,6 +45,10 @@ class Technique:
     def after_step(self) -> None:
         """At the end of a step."""
 
+    def columns(self) -> dict[str, Tensor]:
+        """Numbers [] of the step for the log, besides the losses; the same names at each step, from the beginning."""
+        return {}
+
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs, the tensors themselves: they are loaded in place."""
         return {}
