@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gankern.data import Batches, Dataset
 from gankern.training import PRESETS, TrainConfig, Trainer
-from gankern.training.networks import CONDITIONAL
+from gankern.training.networks import CONDITIONAL, IMAGES
 
 CLASSES = 3
 WIDTHS: dict[str, Any] = {"z_dim": 5, "g_widths": (8, 10), "d_widths": (9, 7), "conv_width": 4}
@@ -29,7 +29,6 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "historical-averaging": {"historical_averaging": 0.1},
     "rmsprop": {"optimizer_d": "rmsprop", "optimizer_g": "rmsprop"},
 }
-CONVOLUTIONAL = ("dcgan", "sngan")  # the smallest square they have is 8
 
 
 def config(preset: str, **changes: Any) -> TrainConfig:
@@ -37,8 +36,10 @@ def config(preset: str, **changes: Any) -> TrainConfig:
     return dataclasses.replace(base, **{"batch_size": BATCH.get(preset, 6), **WIDTHS, **changes})
 
 
-def shape(settings: TrainConfig) -> tuple[int, int, int]:
-    side = settings.size or (8 if settings.arch in CONVOLUTIONAL else 6)
+def shape(settings: TrainConfig) -> tuple[int, ...]:
+    if settings.arch.endswith("-toy"):
+        return (2,)
+    side = settings.size or (8 if settings.arch in IMAGES else 6)  # convolutions have no smaller one
     return (1, side, side)
 
 

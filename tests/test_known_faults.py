@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gankern.losses import GANLoss, pulling_away
 from gankern.models import MLPDiscriminator, MLPGenerator
 from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint
-from gankern.training.networks import networks
+from gankern.training.networks import CONDITIONAL, networks
 
 BOTH = pytest.mark.parametrize("way", ["OnePass", "Autograd"])
 SHAPE = (1, 3, 4)
@@ -166,10 +166,11 @@ def test_no_sigmoid_before_the_loss() -> None:
     for name, preset in PRESETS.items():
         config = dataclasses.replace(preset.config, conv_width=16)
         size = config.size or 28
+        shape = (2,) if config.arch.endswith("-toy") else (1, size, size)
         torch.manual_seed(0)
-        net = networks(config, (1, size, size), classes=10)[1].eval()
-        labels = (torch.zeros(2 * config.pack, dtype=torch.int64),) if config.arch == "cgan" else ()
-        x = images(2 * config.pack, (1, size, size))
+        net = networks(config, shape, classes=10)[1].eval()
+        labels = (torch.zeros(2 * config.pack, dtype=torch.int64),) if config.arch in CONDITIONAL else ()
+        x = images(2 * config.pack, shape)
         last = [m for m in net.modules() if isinstance(m, nn.Linear)][-1]
         with torch.no_grad():
             low = net(x, *labels)

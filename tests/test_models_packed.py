@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import gankern
-from gankern.losses import GANLoss
 from gankern.models import DCGANDiscriminator, DCGANGenerator, MLPDiscriminator, MLPGenerator, Packed, TabularDiscriminator
-from gankern.training.critic import Autograd, OnePass, choose
+from gankern.training import TrainConfig
+from gankern.training.critics import Autograd, OnePass, choose
 from tests.networks import assert_fused_matches, assert_penalty_matches, assert_trains, made, parameter_gradients
 from tests.support import assert_equal_derivatives, randn
 
@@ -48,7 +48,7 @@ def test_penalty_has_one_norm_a_pack() -> None:
     """As the trainer asks for it: not one a sample."""
     critic = made(lambda: Packed(DCGANDiscriminator((2, 8, 8), 2, norm="none"), 2))
     real, fake = randn(4, 1, 8, 8, seed=1), randn(4, 1, 8, 8, seed=2)
-    ours = choose(critic, GANLoss("wgan"), "0gp", 1.0, torch.Generator(real.device).manual_seed(0))
+    ours = choose(critic, TrainConfig(loss="wgan", penalty="0gp", penalty_weight=1.0), torch.Generator(real.device).manual_seed(0))
     assert isinstance(ours, Autograd)
     eps = torch.rand(2, device=real.device, dtype=real.dtype, generator=torch.Generator(real.device).manual_seed(0))
     x = torch.lerp(fake, real, eps.repeat_interleave(2).view(4, 1, 1, 1)).requires_grad_()
@@ -63,7 +63,7 @@ def test_packed_mlp_in_one_pass(fused: bool) -> None:
     if fused:
         critic = gankern.fuse(critic)
     real, fake, rng = randn(8, 7, seed=1), randn(8, 7, seed=2), torch.Generator().manual_seed(0)
-    ours = choose(critic, GANLoss("lsgan"), "r1", 10.0, rng)
+    ours = choose(critic, TrainConfig(loss="lsgan", penalty="r1"), rng)
     assert isinstance(ours, OnePass)
     ours.discriminator(real, fake).backward()
     got = {name: p.grad for name, p in critic.named_parameters()}

@@ -172,7 +172,10 @@ FUSED: dict[str, set[str]] = {  # what the networks of each architecture run as
     "cgan": {"linear_lrelu_act", "gan_loss"},
     "sngan": CONV | {"spectral_norm"},
     "dcgan": CONV,
+    "cdcgan": CONV,
     "tabular": {"bn_lrelu", "mlp_critic_pass"},
+    "pacgan-toy": {"bn_lrelu", "gan_loss"},
+    "wgan-gp-toy": {"linear_lrelu_act", "mlp_critic_pass"},
 }
 
 

@@ -11,7 +11,7 @@ USAGE = """usage: gankern COMMAND ...
 
 commands:
   train PRESET ...   train a GAN; also called gankern-train
-  sample RUN ...     draw samples from a run: a picture, a folder of pictures, or a .npz
+  sample RUN ...     draw samples from a run: a picture, a folder of pictures, a .npz or a .csv
   presets            list the presets
   doctor             versions, devices, what is built, and what each op runs on
   bench              measure presets and ops against PyTorch (from a checkout)

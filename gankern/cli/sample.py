@@ -14,7 +14,7 @@ from gankern.data import Table
 from gankern.models import sample_latent
 from gankern.training import PRESETS, checkpoint, pictures, run_dir
 from gankern.training.trainer import generate
-from gankern.training.views import view_of
+from gankern.training.views import coverage_of, view_of
 
 
 def command(arguments: list[str]) -> int:
@@ -83,11 +83,14 @@ def command(arguments: list[str]) -> int:
                     np.savez(file, samples=(samples if images else table.restore(samples)).numpy())
             elif kind == ".csv":
                 with out.open("w", newline="", encoding="utf-8") as file:
-                    csv.writer(file).writerows([table.columns, *table.restore(samples).tolist()])
+                    rows = ([f"{value:.9g}" for value in row] for row in table.restore(samples).tolist())
+                    csv.writer(file).writerows([table.columns, *rows])
             elif images:
                 pictures.save_png(out, pictures.grid(samples, columns))
             else:
                 need("matplotlib")
-                pictures.save_png(out, view_of(load_data(run.config)).fakes(samples, run_dir.step_of(saved)))
+                dataset = load_data(run.config)
+                picture = view_of(dataset).fakes(samples, run_dir.step_of(saved), coverage=coverage_of(dataset, samples))
+                pictures.save_png(out, picture)
     print(f"{options.n} samples of {run.path} after step {run_dir.step_of(saved)} ({source} weights) in {out}")
     return 0

@@ -24,13 +24,12 @@ import gankern
 from gankern import data
 from gankern.cli.common import Parser, Refused, need, pick_device, refusing
 from gankern.cli.progress import Progress
-from gankern.metrics import modes
 from gankern.models import sample_latent
 from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, pictures, precision, run_dir
 from gankern.training.graph import Eager, Pending, make
 from gankern.training.networks import CONDITIONAL
 from gankern.training.run_dir import MODES, RunDir
-from gankern.training.views import view_of
+from gankern.training.views import coverage_of, view_of
 
 
 def command(arguments: list[str]) -> int:
@@ -362,10 +361,9 @@ class Reporter:
     def sample(self, name: str) -> None:
         """A picture; and a row of modes.jsonl where the modes of the data are known."""
         with self._off_the_clock():
-            step, coverage = self.trainer.steps_done, None
-            samples = self.trainer.sample(self.z, *self.labels)
-            if self.dataset.mixture is not None and samples.isfinite().all():
-                coverage = modes(samples, *self.dataset.mixture)
+            step, samples = self.trainer.steps_done, self.trainer.sample(self.z, *self.labels)
+            coverage = coverage_of(self.dataset, samples)
+            if coverage is not None:
                 row = {"modes": coverage.found, "high_quality": coverage.high_quality, "reverse_kl": coverage.reverse_kl}
                 self.run.log({"step": step, **row}, MODES)
                 for key, value in row.items():

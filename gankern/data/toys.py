@@ -27,6 +27,7 @@ def grid(step: float, std: float) -> Mixture:
 MIXTURES = {
     "ring": ring(1.0, 0.01),  # these two: Lin et al., "PacGAN", 2018, section 4.1
     "grid": grid(2.0, 0.05),
+    "unrolled-ring": ring(2.0, 0.02),  # Metz et al., "Unrolled generative adversarial networks", 2017, section 3.1
     "8gaussians": ring(2.0 / 1.414, 0.02 / 1.414),  # these two: the authors' code of Gulrajani et al., 2017, divided by their s.d.
     "25gaussians": grid(2.0 / 2.828, 0.05 / 2.828),
 }

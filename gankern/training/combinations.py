@@ -38,8 +38,10 @@ def check(c: TrainConfig) -> None:
     _check_techniques(c)
     if c.penalty != "none" and c.d_norm == "batch":
         _refuse("d_norm", "be none with --penalty, whose norm is of each sample by itself", "batch")
-    if c.pack > 1 and c.arch != "tabular":
-        _refuse("pack", "be 1 but for --arch tabular", c.pack)
+    if c.pack > 1 and c.arch in ("cgan", "cdcgan", "acgan"):
+        _refuse("pack", f"be 1 with --arch {c.arch}, whose discriminator is told one class a sample", c.pack)
+    if c.pack > 1 and c.arch in ("autoencoder", "conv-autoencoder"):
+        _refuse("pack", f"be 1 with --arch {c.arch}, whose critic reconstructs each sample", c.pack)
     if c.batch_size % c.pack:
         _refuse("batch_size", f"be a multiple of pack ({c.pack})", c.batch_size)
 

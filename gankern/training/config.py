@@ -30,15 +30,16 @@ class TrainConfig:
     """
 
     data: str = "mnist"
-    """Training images: "mnist" (bundled), a folder of pictures, an IDX file, or a .npz/.npy array."""
+    """Training data: "mnist" (bundled), a folder of pictures, an IDX file, a .npz/.npy array of images, a .npz/.npy/.csv table of
+    numbers, or points in the plane: ring, grid, unrolled-ring, 8gaussians, 25gaussians, swissroll."""
     outdir: str = "runs"
     """Folder under which the run gets a directory of its own."""
     steps: int = 12000
     """Training steps in all; one step updates the discriminator n_critic times and then the generator once."""
     batch_size: int = 64
-    """Real images an update of the discriminator, and as many generated ones."""
+    """Real samples an update of the discriminator, and as many generated ones."""
     seed: int = 0
-    """Seed of initial weights, data order, noise and dropout."""
+    """Seed of initial weights, generated data, data order, noise and dropout."""
     device: str = "auto"
     """auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1 ..."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
@@ -66,7 +67,7 @@ class TrainConfig:
     channels: Literal[0, 1, 3] = 0
     """1 (grey) or 3 (colour). 0: as the data are."""
     limit: int = 0
-    """Use only the first so many images. 0: all."""
+    """Use only the first so many samples of the data. 0: all."""
 
     loss: Literal[
         "non-saturating",
@@ -154,15 +155,37 @@ class TrainConfig:
     instance_noise_steps: int = 0
     """Steps over which that noise fades to 0. 0: it stays."""
 
-    arch: Literal["mlp", "dcgan", "sngan", "cgan", "tabular"] = "mlp"
-    """The two networks: mlp, dcgan (Radford et al.), sngan (the standard CNN of Miyato et al.), cgan (MLPs with labels, Mirza and
-    Osindero), tabular (those of CTGAN, the discriminator on packs)."""
+    arch: Literal[
+        "mlp",
+        "dcgan",
+        "sngan",
+        "cgan",
+        "cdcgan",
+        "acgan",
+        "autoencoder",
+        "conv-autoencoder",
+        "tabular",
+        "pacgan-toy",
+        "unrolled-toy",
+        "wgan-gp-toy",
+    ] = "mlp"
+    """The two networks: mlp; dcgan (Radford et al.); sngan (the standard CNN of Miyato et al.); cgan and cdcgan (MLPs and DCGAN
+    with labels); acgan (the discriminator tells the class too); autoencoder and conv-autoencoder (the critic of EBGAN and BEGAN);
+    tabular (those of CTGAN); and those of the 2-D experiments of three papers."""
     conv_width: int = 64
-    """Channels of the widest image layer of dcgan and sngan."""
+    """Channels of the widest image layer of convolutional networks."""
+    d_conv_width: int = 0
+    """The same for the discriminator of dcgan alone. 0: conv_width."""
+    upsample: Literal["transposed", "shuffle", "nearest"] = "transposed"
+    """How a stage of dcgan's generator doubles the side: transposed convolution, PixelShuffle, or nearest neighbours."""
+    downsample: Literal["stride", "pool"] = "stride"
+    """How a stage of dcgan's discriminator halves the side: stride 2, or average pooling."""
+    code: int = 64
+    """Length of an auto-encoder's code."""
     d_norm: Literal["none", "batch"] = "none"
     """Normalisation in the discriminator of dcgan: none, or BatchNorm but for the first layer."""
     pack: int = 1
-    """Samples that the discriminator of tabular judges together (PacGAN)."""
+    """Samples that the discriminator judges together (PacGAN)."""
     z_dim: int = 100
     """Entries of the latent vector z."""
     latent: Literal["normal", "uniform"] = "normal"
@@ -204,9 +227,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field, kind in typing.get_type_hints(type(self)).items():
             _check_type(field, getattr(self, field), kind)
-        for field in ("steps", "batch_size", "log_every", "z_dim", "n_critic", "conv_width", "pack"):
+        for field in ("steps", "batch_size", "log_every", "z_dim", "n_critic", "conv_width", "code", "pack"):
             checks.number(OP, field, getattr(self, field), 1)
         for field in (
+            "d_conv_width",
             "checkpoint_every",
             "sample_every",
             "keep",

@@ -16,16 +16,25 @@ Shape = tuple[int, ...]
 
 
 def networks(config: TrainConfig, shape: Shape, classes: int = 0, fused: bool = True) -> Networks:
-    """(generator, discriminator) of config.arch for samples of `shape`, [C, H, W] of images, from PyTorch's default generator.
+    """(generator, discriminator) of config.arch for samples of `shape`, from PyTorch's default generator.
 
     Args:
+        shape: [C, S, S] of images, [F] of points or rows of a table.
         classes: of the data; a conditional architecture needs them.
         fused: with gankern.fuse.
 
     Raises:
-        ValueError: no classes for a conditional architecture; a size that the architecture does not have.
+        ValueError: no classes for a conditional architecture; a shape or a pack that the architecture does not have.
     """
-    generator, discriminator = _ARCHS[config.arch](config, shape, classes)
+    arch, pack = config.arch, config.pack
+    if arch in CONDITIONAL and not classes:
+        checks.fail(ValueError, "train", "data", f"have labels for --arch {arch}", "none")
+    if arch in IMAGES and len(shape) != 3:
+        checks.fail(ValueError, "train", "data", f"be images for --arch {arch}", f"samples of shape {list(shape)}")
+    generator, discriminator = _ARCHS[arch](config, shape, classes)
+    if pack > 1 and not hasattr(discriminator, "pack"):
+        _, discriminator = _ARCHS[arch](config, (pack * shape[0], *shape[1:]), classes)
+        discriminator = models.Packed(discriminator, pack)
     if fused:
         generator, discriminator = fuse(generator), fuse(discriminator)
     return generator, spectral_norm_(discriminator) if config.spectral_norm else discriminator
@@ -46,8 +55,31 @@ def _output(shape: Shape) -> str:
 
 def _dcgan(config: TrainConfig, shape: Shape, classes: int) -> Networks:
     return (
-        models.DCGANGenerator(config.z_dim, shape, config.conv_width),
-        models.DCGANDiscriminator(shape, config.conv_width, norm=config.d_norm, negative_slope=config.negative_slope),
+        models.DCGANGenerator(config.z_dim, shape, config.conv_width, config.upsample),
+        models.DCGANDiscriminator(
+            shape, config.d_conv_width or config.conv_width, config.downsample, config.d_norm, config.negative_slope
+        ),
+    )
+
+
+def _cdcgan(config: TrainConfig, shape: Shape, classes: int) -> Networks:
+    return (
+        models.CDCGANGenerator(config.z_dim, classes, shape, config.conv_width, upsample=config.upsample),
+        models.CDCGANDiscriminator(
+            shape,
+            classes,
+            config.conv_width,
+            downsample=config.downsample,
+            norm=config.d_norm,
+            negative_slope=config.negative_slope,
+        ),
+    )
+
+
+def _acgan(config: TrainConfig, shape: Shape, classes: int) -> Networks:
+    return (
+        models.CDCGANGenerator(config.z_dim, classes, shape, config.conv_width, upsample=config.upsample),
+        models.ConvACGANDiscriminator(shape, classes, config.conv_width, config.downsample, config.d_norm, config.negative_slope),
     )
 
 
@@ -58,12 +90,37 @@ def _sngan(config: TrainConfig, shape: Shape, classes: int) -> Networks:
 
 
 def _cgan(config: TrainConfig, shape: Shape, classes: int) -> Networks:
-    if not classes:
-        checks.fail(ValueError, "train", "data", "have labels for --arch cgan", "none")
     return (
         models.CGANGenerator(config.z_dim, classes, config.g_widths, shape),
         models.CGANDiscriminator(shape, classes, config.d_widths, dropout=config.d_dropout),
     )
+
+
+def _autoencoder(config: TrainConfig, shape: Shape, classes: int) -> Networks:
+    slope = config.negative_slope
+    return (
+        models.MLPGenerator(config.z_dim, config.g_widths, shape, config.g_norm, config.g_dropout, slope, _output(shape)),
+        models.MLPAutoencoder(shape, config.d_widths, config.code, slope),
+    )
+
+
+def _conv_autoencoder(config: TrainConfig, shape: Shape, classes: int) -> Networks:
+    return (
+        models.DCGANGenerator(config.z_dim, shape, config.conv_width, config.upsample),
+        models.ConvAutoencoder(shape, config.conv_width, config.code, config.downsample, config.upsample, config.negative_slope),
+    )
+
+
+def _pacgan_toy(config: TrainConfig, shape: Shape, classes: int) -> Networks:
+    return models.pacgan_toy(shape, config.pack, config.z_dim)
+
+
+def _unrolled_toy(config: TrainConfig, shape: Shape, classes: int) -> Networks:
+    return models.unrolled_toy(shape, config.z_dim)
+
+
+def _wgan_gp_toy(config: TrainConfig, shape: Shape, classes: int) -> Networks:
+    return models.wgan_gp_toy(shape, config.z_dim)
 
 
 def _tabular(config: TrainConfig, shape: Shape, classes: int) -> Networks:
@@ -80,6 +137,14 @@ _ARCHS: dict[str, Callable[[TrainConfig, Shape, int], Networks]] = {
     "dcgan": _dcgan,
     "sngan": _sngan,
     "cgan": _cgan,
+    "cdcgan": _cdcgan,
+    "acgan": _acgan,
+    "autoencoder": _autoencoder,
+    "conv-autoencoder": _conv_autoencoder,
     "tabular": _tabular,
+    "pacgan-toy": _pacgan_toy,
+    "unrolled-toy": _unrolled_toy,
+    "wgan-gp-toy": _wgan_gp_toy,
 }
-CONDITIONAL = frozenset({"cgan"})
+CONDITIONAL = frozenset({"cgan", "cdcgan", "acgan"})
+IMAGES = frozenset({"dcgan", "sngan", "cdcgan", "acgan", "conv-autoencoder"})

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DPI = 110
 DATA, FAKE = "#20303c", "#d55e00"  # dark against vermilion, which the colour-blind tell apart
-BINS, MOST_COLUMNS, MOST_FRAMES = 40, 12, 150
+BINS, MOST_COLUMNS, MOST_FRAMES = 40, 12, 100
 
 
 def to_uint8(samples: Tensor) -> Tensor:
@@ -99,31 +99,36 @@ def _smooth(values: list[float], window: int) -> list[float]:
 def histograms(real: Tensor, fake: Tensor | None, columns: Sequence[str], title: str) -> Tensor:
     """Each column of the tables [N, F] and [M, F] as densities over each other, the first MOST_COLUMNS: uint8 [H, W, 3].
 
-    The bins of a column reach from the 0.5th to the 99.5th percentile of `real`; what lies outside is counted in the outer ones.
+    The bins of a column reach a little beyond the 0.5th and 99.5th percentile of `real`; the outer ones hold all that lies outside.
     """
     shown = min(len(columns), MOST_COLUMNS)
     across = min(shown, 3)
     down = math.ceil(shown / across)
     figure = canvas(240 * across, 150 * down + 60, "constrained")
     figure.suptitle(title, fontsize=11, fontweight="bold")
-    cells = figure.subplots(down, across, squeeze=False).flat
-    for i, axes in enumerate(cells):
-        axes.set_axis_off() if i >= shown else axes.set_title(columns[i], fontsize=9)
+    cells = list(figure.subplots(down, across, squeeze=False).flat)
+    for axes in cells[shown:]:
+        axes.set_axis_off()
+    for i, axes in enumerate(cells[:shown]):
+        axes.set_title(columns[i][:28], fontsize=9)
         axes.set_yticks([])
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right", "left"]].set_visible(False)
-        if i < shown:
-            low, high = real[:, i].double().quantile(torch.tensor([0.005, 0.995], dtype=torch.float64)).tolist()
-            edges = torch.linspace(low, high if high > low else low + 1.0, BINS + 1, dtype=torch.float64)
-            for table, name, colour in ((real, "data", DATA), (fake, "generated", FAKE)):
-                if table is not None:
-                    heights = torch.histogram(table[:, i].double().clamp(edges[0], edges[-1]), edges).hist / len(table)
-                    axes.stairs(
-                        heights, edges, fill=name == "data", alpha=0.35 if name == "data" else 1.0, color=colour, label=name
-                    )
+        low, high = real[:, i].quantile(torch.tensor([0.005, 0.995], dtype=real.dtype)).tolist()
+        around = 0.05 * (high - low) or 0.5
+        edges = torch.linspace(low - around, high + around, BINS + 1, dtype=torch.float64)
+        axes.stairs(_shares(real[:, i], edges), edges, fill=True, color=DATA, alpha=0.35, label="data")
+        if fake is not None:
+            axes.stairs(_shares(fake[:, i], edges), edges, color=FAKE, label="generated")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
     return to_picture(figure)
+
+
+def _shares(values: Tensor, edges: Tensor) -> Tensor:
+    """The share of the finite values [N] that lies in each bin."""
+    values = values[values.isfinite()].double().clamp(edges[0], edges[-1])
+    return torch.histogram(values, edges).hist / max(len(values), 1)
 
 
 def animate(path: Path, frames: Sequence[Path]) -> None:
@@ -136,7 +141,7 @@ def animate(path: Path, frames: Sequence[Path]) -> None:
     palette = Image.new("RGB", (ends[0].width, 2 * ends[0].height))
     palette.paste(ends[0])
     palette.paste(ends[1], (0, ends[0].height))
-    palette = palette.quantize(256)
+    palette = palette.quantize(128, Image.Quantize.FASTOCTREE)
     first, *rest = (Image.open(f).convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE) for f in frames)
     pause = min(max(10_000 // len(frames), 60), 500)
     first.save(path, save_all=True, append_images=rest, duration=[*[pause] * len(rest), 2000], loop=0)

@@ -81,9 +81,9 @@ class Plane:
             legend.append(
                 Line2D([], [], color=ARROW, marker=r"$\rightarrow$", markersize=12, linestyle="", label="critic's gradient")
             )
-        axes.scatter(*self.points.unbind(1), s=7, color=DATA, alpha=0.5, linewidths=0, zorder=3)
+        axes.scatter(self.points[:, 0], self.points[:, 1], s=7, color=DATA, alpha=0.5, linewidths=0, zorder=3)
         if samples is not None:
-            axes.scatter(*samples.unbind(1), s=5, color=FAKE, alpha=0.6, linewidths=0, zorder=3)
+            axes.scatter(samples[:, 0], samples[:, 1], s=5, color=FAKE, alpha=0.6, linewidths=0, zorder=3)
         axes.set_xlim(self.low[0].item(), self.high[0].item())
         axes.set_ylim(self.low[1].item(), self.high[1].item())
         axes.locator_params(nbins=5, steps=[1, 2, 5, 10])
@@ -91,7 +91,7 @@ class Plane:
         axes.spines[:].set_color(ARROW)
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
         axes.set_title(found, loc="right", fontsize=9.5)
-        place = {"loc": "lower left", "bbox_to_anchor": (LEFT / WIDTH, 26 / HEIGHT), "borderpad": 0, "borderaxespad": 0}
+        place: Any = {"loc": "lower left", "bbox_to_anchor": (LEFT / WIDTH, 26 / HEIGHT), "borderpad": 0, "borderaxespad": 0}
         figure.legend(handles=legend, ncols=3, frameon=False, fontsize=9, handletextpad=0.3, columnspacing=1.6, **place)
         return to_picture(figure)
 
@@ -100,19 +100,21 @@ class Plane:
         from matplotlib.colors import LinearSegmentedColormap
 
         low, high = fine.score.quantile(torch.tensor([0.02, 0.98])).tolist()
-        levels = [low + max(high - low, 1e-6) * i / LEVELS for i in range(LEVELS + 1)]
+        span = max(high - low, 1e-6 * (1.0 + abs(low)))
+        levels = [low + span * i / LEVELS for i in range(LEVELS + 1)]
         colours = LinearSegmentedColormap.from_list("critic", [LOW, HIGH])
         x, y = self.lattice(FINE).view(FINE, FINE, 2).unbind(2)
         score = fine.score.view(FINE, FINE)
         bands = axes.contourf(x, y, score, levels, cmap=colours, extend="both")
-        axes.contour(x, y, score, levels, colors="white", linewidths=0.6, linestyles="solid")
+        if high > low:
+            axes.contour(x, y, score, levels, colors="white", linewidths=0.6, linestyles="solid")
         length = coarse.gradient.norm(dim=1, keepdim=True)
         usual = length.quantile(0.9).clamp_min(1e-30)  # longer ones are drawn no longer, or a steep spot would hide the rest
         arrows = 0.9 * (self.high - self.low)[0] / COARSE * coarse.gradient / torch.maximum(length, usual)
-        shape = {"width": 0.0028, "headwidth": 4.5, "headlength": 5, "headaxislength": 4.5}
+        shape: Any = {"width": 0.0028, "headwidth": 4.5, "headlength": 5, "headaxislength": 4.5}
         where = self.lattice(COARSE).unbind(1)
         axes.quiver(*where, *arrows.unbind(1), angles="xy", scale_units="xy", scale=1, pivot="mid", color=ARROW, **shape)
-        words: dict[str, Any] = {"fontsize": 9, "verticalalignment": "center"}
+        words: Any = {"fontsize": 9, "verticalalignment": "center"}
         y0 = 14 / HEIGHT
         figure.text((LEFT + 2) / WIDTH, y0, "critic's score C(x)", **words)
         figure.text((LEFT + 190) / WIDTH, y0, f"{low:.3g}", horizontalalignment="right", **words)

@@ -23,6 +23,7 @@ class Preset(NamedTuple):
 # Dropout in the critic and one-sided label smoothing keep all ten digits; without them a class or two is lost.
 _MLP: dict[str, Any] = {"d_dropout": 0.3, "ema": 0.999}
 _DCGAN: dict[str, Any] = {"arch": "dcgan", "d_norm": "batch", "batch_size": 128, "ema": 0.999}
+_PACGAN: dict[str, Any] = {"arch": "pacgan-toy", "z_dim": 2, "lr_g": 1e-4, "lr_d": 1e-4, "beta1": 0.8, "pack": 2, "batch_size": 200}
 _BOUNDED: dict[str, Any] = {
     "arch": "dcgan",
     "spectral_norm": True,
@@ -136,6 +137,39 @@ PRESETS = {
         "Jolicoeur-Martineau 2019",
         "clean digits; both losses near 2",
         TrainConfig(**_DCGAN, loss="relativistic-average-hinge"),
+    ),
+    "cdcgan": Preset(
+        "conditional DCGAN: both networks are told the class",
+        "Mirza and Osindero 2014; Radford et al. 2016",
+        "the digit that is asked for, clean",
+        TrainConfig(**{**_DCGAN, "arch": "cdcgan"}),
+    ),
+    "r3gan": Preset(
+        "relativistic pairs with R1 and R2, plain convolutions without normalisation",
+        "Huang et al. 2024",
+        "all digits; stable for as long as it runs",
+        TrainConfig(**{**_DCGAN, "d_norm": "none"}, loss="relativistic", penalty="r1", penalty_weight=0.5, beta1=0.0, beta2=0.99),
+    ),
+    "ring": Preset(
+        "eight Gaussians on a ring, pairs of samples judged together",
+        "Lin et al. 2018",
+        "nearly all of the 8 modes; with --pack 1 fewer",
+        TrainConfig(data="ring", **_PACGAN),
+    ),
+    "grid": Preset(
+        "25 Gaussians on a grid, pairs of samples judged together",
+        "Lin et al. 2018",
+        "nearly all of the 25 modes; with --pack 1 fewer",
+        TrainConfig(data="grid", **_PACGAN),
+    ),
+    "swissroll": Preset(
+        "the Swiss roll with WGAN-GP",
+        "Gulrajani et al. 2017",
+        "the spiral, after some thousand steps",
+        TrainConfig(
+            data="swissroll", arch="wgan-gp-toy", loss="wgan", penalty="gp", penalty_weight=0.1, n_critic=5, z_dim=2,
+            batch_size=256, lr_g=1e-4, lr_d=1e-4, beta1=0.5, beta2=0.9,
+        ),
     ),
     "ctgan-like": Preset(
         "the MLPs of CTGAN: dropout 0.5, packs of 10, gradient penalty, batch 500",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gankern.data import Dataset, Table, to_float
-from gankern.metrics import ModeCoverage
+from gankern.metrics import ModeCoverage, modes
 from gankern.training import pictures
 from gankern.training.plane import Plane
 
@@ -61,6 +61,13 @@ def view_of(dataset: Dataset, classes: int = 0) -> View:
     if dataset.kind == "images":
         return Grid(dataset, classes)
     return Plane(dataset) if dataset.shape == (2,) else Columns(dataset)
+
+
+def coverage_of(dataset: Dataset, samples: Tensor) -> ModeCoverage | None:
+    """How samples cover the modes of the data, where these are known and the samples finite."""
+    if dataset.mixture is None or not samples.isfinite().all():
+        return None
+    return modes(samples, *dataset.mixture)
 
 
 def some(dataset: Dataset, count: int) -> Tensor:
