@@ -124,7 +124,7 @@ def objective(config: TrainConfig, target: Callable[[Tensor, float], Tensor]) ->
         return lambda real, fake: fake.mean() - real.mean(), lambda fake: -fake.mean()
     bce = nn.BCEWithLogitsLoss()
     return (
-        lambda real, fake: bce(real, target(real, config.real_label)) + bce(fake, target(fake, config.fake_label)),
+        lambda real, fake: bce(real, target(real, config.label_smoothing)) + bce(fake, target(fake, config.fake_label)),
         lambda fake: bce(fake, target(fake, 1.0)),
     )
 

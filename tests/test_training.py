@@ -22,8 +22,8 @@ from gankern.ops._objectives import OBJECTIVES
 from gankern.ops._philox import draw_seed, dropout_keep
 from gankern.ops.gan_loss import gan_loss
 from gankern.training import PRESETS, Ema, TrainConfig, Trainer, checkpoint, pictures
-from gankern.training.adam import Adam
 from gankern.training.config import MAY_CHANGE
+from gankern.training.optimizers import Adam
 from gankern.training.run_dir import RunDir, locate
 from gankern.training.trainer import generate
 from tests.support import DEVICE
@@ -217,7 +217,7 @@ def plain_loop(generator: nn.Module, critic: nn.Module, config: TrainConfig, bat
         masks = draw_masks(2 * n, config.d_widths, config.d_dropout)
         a_real = plain_layers(critic, real.double().flatten(1), [None if m is None else m[:n] for m in masks])
         a_fake = plain_layers(critic, fake.detach(), [None if m is None else m[n:] for m in masks])
-        d_loss = F.binary_cross_entropy_with_logits(a_real, torch.full_like(a_real, config.real_label))
+        d_loss = F.binary_cross_entropy_with_logits(a_real, torch.full_like(a_real, config.label_smoothing))
         d_loss = d_loss + F.binary_cross_entropy_with_logits(a_fake, torch.full_like(a_fake, config.fake_label))
         opt_d.zero_grad()
         d_loss.backward()
@@ -238,7 +238,7 @@ def plain_loop(generator: nn.Module, critic: nn.Module, config: TrainConfig, bat
     "changes",
     [
         {},
-        {"d_dropout": 0.3, "g_dropout": 0.2, "real_label": 0.9},
+        {"d_dropout": 0.3, "g_dropout": 0.2, "label_smoothing": 0.9},
         {"g_norm": "batch", "loss": "minimax", "latent": "uniform", "fake_label": 0.1},
     ],
     ids=["plain", "dropout", "batchnorm"],

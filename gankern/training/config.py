@@ -53,6 +53,8 @@ class TrainConfig:
     """Steps between pictures of generated samples. 0: only before the first and after the last step."""
     log_every: int = 50
     """Steps between lines of log.jsonl."""
+    log_gradients: bool = False
+    """Write the norms of both networks' gradients into log.jsonl too."""
     keep: int = 2
     """Newest checkpoints kept. 0: all."""
     resume: str = "never"
@@ -98,8 +100,9 @@ class TrainConfig:
         "mmd-gan",
     ] = "non-saturating"
     """What critic and generator minimise; `gankern explain NAME` has the equations and the values to expect."""
-    generator_loss: Literal["default", "saturating", "non-saturating", "max-likelihood"] = "default"
-    """The generator's side, for the losses that have several: those of Goodfellow et al. and the f-divergences."""
+    generator_loss: Literal["default", "saturating", "non-saturating", "max-likelihood", "matching"] = "default"
+    """The generator's side, for the losses that have several: those of Goodfellow et al. and the f-divergences; or matching, of the
+    critic's mean features alone."""
     margin: float = 1.0
     """The energy up to which ebgan's critic pushes generated samples: a mean squared error of the reconstruction."""
     pulling_away_weight: float = 0.1
@@ -116,10 +119,16 @@ class TrainConfig:
     """Weight of the reconstruction error in mmd-gan's critic loss, where the critic is an auto-encoder."""
     class_weight: float = 1.0
     """Weight of the cross entropy of the classes in both losses of acgan."""
-    real_label: float = 1.0
+    label_smoothing: float = 1.0
     """The discriminator's target for real images; 0.9 is one-sided label smoothing."""
     fake_label: float = 0.0
     """The discriminator's target for generated images."""
+    real_label_range: tuple[float, ...] = ()
+    """Draw each real image's target anew at each update, uniformly between these two numbers, such as 0.7 1.2. Nothing: off."""
+    fake_label_range: tuple[float, ...] = ()
+    """The same for generated images, such as 0 0.3. Nothing: off."""
+    label_noise: float = 0.0
+    """Probability that an image gets the target of the other kind, at each update of the discriminator. 0: off."""
     n_critic: int = 1
     """Updates of the discriminator a step, each with a batch of its own."""
     penalty: Literal["none", "gp", "lp", "0gp", "dragan", "r1", "r2"] = "none"
@@ -133,6 +142,14 @@ class TrainConfig:
     clip_gradients: float = 0.0
     """Scale each network's gradient down to this norm where it is longer. 0: off."""
 
+    replay: int = 0
+    """Size of a buffer of earlier generated images, from which half of those of each discriminator's update come. 0: off."""
+    feature_matching: float = 0.0
+    """Weight of the distance of the discriminator's mean features in the generator's loss. 0: off."""
+    historical_averaging: float = 0.0
+    """Weight of each network's squared distance from the mean of its past parameters. 0: off."""
+    unroll: int = 0
+    """Updates of the discriminator through which the generator's gradient goes (unrolled GAN); 5 to 10 are usual. 0: off."""
     instance_noise: float = 0.0
     """Standard deviation of the noise that is added to all that the discriminator sees. 0: off."""
     instance_noise_steps: int = 0
@@ -192,14 +209,22 @@ class TrainConfig:
     negative_slope: float = 0.2
     """Slope of LeakyReLU for negative inputs."""
 
+    optimizer_d: Literal["adam", "sgd", "rmsprop"] = "adam"
+    """Optimiser of the discriminator."""
+    optimizer_g: Literal["adam", "sgd", "rmsprop"] = "adam"
+    """Optimiser of the generator."""
     lr_g: float = 2e-4
-    """Adam's learning rate for the generator."""
+    """Learning rate of the generator."""
     lr_d: float = 2e-4
-    """Adam's learning rate for the discriminator."""
+    """Learning rate of the discriminator."""
+    ttur: float = 0.0
+    """Learning rate of the discriminator as a multiple of lr_g, in place of lr_d: the two time-scale update rule. 0: lr_d."""
     beta1: float = 0.5
     """Adam's first decay rate, for both."""
     beta2: float = 0.999
     """Adam's second decay rate, for both."""
+    momentum: float = 0.0
+    """Momentum of sgd."""
     ema: float = 0.0
     """Decay of the running average of the generator's weights, which the pictures then show; 0.999 is usual. 0: off."""
     ema_warmup: bool = True
@@ -220,6 +245,12 @@ class TrainConfig:
             "negative_slope",
             "lr_g",
             "lr_d",
+            "ttur",
+            "momentum",
+            "unroll",
+            "replay",
+            "feature_matching",
+            "historical_averaging",
             "penalty_weight",
             "margin",
             "pulling_away_weight",
@@ -233,8 +264,12 @@ class TrainConfig:
         ):
             checks.number(OP, field, getattr(self, field), 0)
         checks.number(OP, "seed", self.seed, 0, 2**62)
-        for field in ("real_label", "fake_label", "g_dropout", "d_dropout", "began_gamma"):
+        for field in ("label_smoothing", "fake_label", "label_noise", "g_dropout", "d_dropout", "began_gamma"):
             checks.number(OP, field, getattr(self, field), 0.0, 1.0)
+        for field in ("real_label_range", "fake_label_range"):
+            value = getattr(self, field)
+            if value and (len(value) != 2 or not value[0] <= value[1]):
+                checks.fail(ValueError, OP, field, "be two numbers, the smaller one first, or nothing", value)
         for field in ("beta1", "beta2", "ema"):
             value = getattr(self, field)
             if not 0.0 <= value < 1.0:
@@ -250,6 +285,11 @@ class TrainConfig:
     def objective(self) -> str:
         """The row of gankern.gan_loss's table that `loss` and `generator_loss` name together; a loss that is none of it, itself."""
         return variant(self.loss, self.generator_loss)
+
+    @property
+    def rate_d(self) -> float:
+        """The discriminator's learning rate (Heusel et al., "GANs trained by a two time-scale update rule", NeurIPS 2017)."""
+        return self.ttur * self.lr_g if self.ttur else self.lr_d
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

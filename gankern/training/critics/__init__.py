@@ -23,9 +23,12 @@ from gankern.training.critics._common import Critic, Loss, WithTerm, frozen
 from gankern.training.critics.autograd import Autograd
 from gankern.training.critics.auxiliary import Auxiliary
 from gankern.training.critics.energy import BEGAN, EBGAN
+from gankern.training.critics.matching import Matching
 from gankern.training.critics.mmd import MMD, MMDGAN
 from gankern.training.critics.one_pass import OnePass
+from gankern.training.critics.unrolled import Unrolled
 from gankern.training.networks import CONDITIONAL
+from gankern.training.optimizers import InPlace
 
 __all__ = [
     "BEGAN",
@@ -36,7 +39,9 @@ __all__ = [
     "Auxiliary",
     "Critic",
     "Loss",
+    "Matching",
     "OnePass",
+    "Unrolled",
     "WithTerm",
     "choose",
     "frozen",
@@ -45,16 +50,29 @@ __all__ = [
 OP = "train"
 
 
-def choose(net: nn.Module, config: TrainConfig, rng: torch.Generator, one_pass: bool | None = None) -> Critic:
-    """The way to ask this critic for config.loss and config.penalty.
+def choose(net: nn.Module, config: TrainConfig, rng: torch.Generator, optimizer: InPlace, one_pass: bool | None = None) -> Critic:
+    """The way to ask this critic for config.loss and config.penalty, and the generator's loss after config.unroll updates of it.
 
     Args:
         rng: source of the penalty's points.
+        optimizer: of the critic's parameters, whose rule is unrolled.
         one_pass: whether real and fake may share a pass. None: yes, unless samples of a batch see each other in the critic.
 
     Raises:
         ValueError: a network that the objective cannot ask.
     """
+    critic = _plain(net, config, rng, one_pass)
+    if config.generator_loss == "matching":
+        return Matching(critic, net)
+    if not config.unroll:
+        return critic
+    inner = critic
+    if isinstance(critic, OnePass):
+        inner = Autograd(net, critic.loss, config.penalty, config.penalty_weight, rng)
+    return Unrolled(critic, inner, net, optimizer, config.unroll, config.clip_weights)
+
+
+def _plain(net: nn.Module, config: TrainConfig, rng: torch.Generator, one_pass: bool | None) -> Critic:
     reconstructs = hasattr(net, "decode")
     if config.loss == "mmd":
         if config.arch in CONDITIONAL:
@@ -69,7 +87,7 @@ def choose(net: nn.Module, config: TrainConfig, rng: torch.Generator, one_pass: 
     if reconstructs:
         wanted = "be ebgan, began, mmd or mmd-gan with --arch autoencoder, which gives no logits"
         checks.fail(ValueError, OP, "loss", wanted, config.loss)
-    loss = GANLoss(config.objective, config.real_label, config.fake_label)
+    loss = GANLoss(config.objective, config.label_smoothing, config.fake_label)
     settings = config.penalty, config.penalty_weight, rng
     if getattr(net, "classifies", False):
         return Auxiliary(net, loss, *settings, one_pass, config.class_weight)

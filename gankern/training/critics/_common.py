@@ -43,9 +43,11 @@ class Critic:
     """A way to ask the critic; the module's docstring in `__init__.py` says what the two methods are.
 
     learns: whether the objective trains the critic; False: no update of it is made at all.
+    loss: the GANLoss of an objective of logits.
     """
 
     learns = True
+    loss: Any = None
 
     def discriminator(self, real: Tensor, fake: Tensor, *labels: Tensor) -> Loss:
         raise NotImplementedError

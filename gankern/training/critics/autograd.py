@@ -40,7 +40,9 @@ class Autograd(Critic):
         if not self.penalty:
             return out
         eps = draw_eps(real, self.rng) if self.penalty["sample"] == "line" else None
-        penalty = gradient_penalty(net, real, fake, cond=labels or None, eps=eps, generator=self.rng, **self.penalty)
+        penalty = gradient_penalty(
+            net, real, fake, cond=labels or None, eps=eps, generator=self.rng, attached=fake.requires_grad, **self.penalty
+        )
         return WithTerm(out, penalty)
 
     def generator(self, fake: Tensor, real: Tensor, *labels: Tensor) -> Loss:

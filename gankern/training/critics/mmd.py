@@ -94,8 +94,9 @@ class MMDGAN(Critic):
         settings = PENALTIES[self.config.penalty]
         eps = draw_eps(real, self.rng) if settings["sample"] == "line" else None
         penalty = gradient_penalty(
-            witness, real, fake, cond=labels or None, eps=eps, generator=self.rng, weight=self.config.penalty_weight, **settings
-        )
+            witness, real, fake, cond=labels or None, eps=eps, generator=self.rng, attached=fake.requires_grad,
+            weight=self.config.penalty_weight, **settings,
+        )  # fmt: skip
         return WithTerm(out, penalty)
 
     def _similarity(self, a: Tensor, b: Tensor) -> Tensor:
