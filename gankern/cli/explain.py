@@ -66,7 +66,7 @@ class Reader:
 
     def __init__(self, config: TrainConfig) -> None:
         self.names = EXPLANATIONS[config.objective].scores
-        self.values = expected(config.objective, config.real_label, config.fake_label, config.margin)
+        self.values = expected(config.objective, config.label_smoothing, config.fake_label, config.margin)
         more = {"the penalty": config.penalty != "none", "the classes' cross entropy": "acgan" in config.arch}
         self.besides = "".join(f" plus {words}" for words, has in more.items() if has)
 
