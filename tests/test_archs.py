@@ -19,6 +19,7 @@ from tests import small
 from tests.test_graph import differences, pair, run
 from tests.test_step_capturable import walk
 
+pytestmark = pytest.mark.usefixtures("steady")
 ARCHS = typing.get_args(typing.get_type_hints(TrainConfig)["arch"])
 # Of the reference batch of --virtual-batch-norm, and of the whole batch in the critic; in networks of several kinds.
 LAYERS: dict[str, Any] = {"virtual_batch_norm": True, "minibatch_features": "discrimination", "d_norm": "none", "n_critic": 2}
