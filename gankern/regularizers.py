@@ -38,6 +38,7 @@ def gradient_penalty(
     cond: Condition = ...,
     eps: Tensor | None = ...,
     generator: torch.Generator | None = ...,
+    attached: bool = ...,
     return_norm: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -55,6 +56,7 @@ def gradient_penalty(
     cond: Condition = ...,
     eps: Tensor | None = ...,
     generator: torch.Generator | None = ...,
+    attached: bool = ...,
     return_norm: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -71,6 +73,7 @@ def gradient_penalty(
     cond: Condition = None,
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
+    attached: bool = False,
     return_norm: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """weight * mean_b (‖∇C(x̂_b)‖₂ - target)², the norm of each sample by itself; add it to the critic's loss.
@@ -87,8 +90,8 @@ def gradient_penalty(
     The critic runs once, forward and backward, and its parameters get no gradient product in that pass: only the backward pass of
     the returned penalty makes those. An MLP critic (`gankern.nn.mlp_problem`) without dropout, of float32 or float64 on the CPU, is
     not run at all where the closed form of its penalty is faster: the same numbers, in 4 (L - 1) products for L layers with all
-    gradients. `real` and `fake` are detached: the penalty trains the critic alone. A critic that mixes samples (BatchNorm) has no
-    gradient of a sample by itself; use a norm that does not, as the paper says.
+    gradients. `real` and `fake` are detached, unless `attached`: the penalty trains the critic alone. A critic that mixes samples
+    (BatchNorm) has no gradient of a sample by itself; use a norm that does not, as the paper says.
 
     - Autocast: the critic runs in the autocast dtype, its input gradient and the penalty are float32. With float16 small gradients
       may underflow: use bfloat16.
@@ -112,6 +115,7 @@ def gradient_penalty(
         cond: what the critic takes besides x̂: a tensor, or a tuple of arguments; passed on as given.
         eps: [B], for `sample="line"`: instead of drawing.
         generator: source of eps or U; None is PyTorch's default generator on the samples' device.
+        attached: keep the graph of real and fake, which then have a gradient from the penalty (an unrolled GAN's generator).
         return_norm: return (penalty, mean of the norms), the second one detached.
 
     Returns:
@@ -129,10 +133,13 @@ def gradient_penalty(
     eq. 9 (R1, R2); Kodali et al., "On convergence and stability of GANs", 2017, and the authors' code (DRAGAN).
     """
     _check(critic, real, fake, sided, sample, eps)
-    with torch.no_grad():
+    if attached:
         x = _points(real, fake, sample, eps, generator)
+    else:
+        with torch.no_grad():
+            x = _points(real, fake, sample, eps, generator).detach()
     more = cond if isinstance(cond, tuple) else () if cond is None else (cond,)
-    known = None if more else _closed_form(critic, x, target, sided, weight)
+    known = None if more or attached else _closed_form(critic, x, target, sided, weight)
     if known is not None:
         return known if return_norm else known[0]
     grad = _input_gradient(critic, x, more)
@@ -158,14 +165,13 @@ def _check(critic: Any, real: Any, fake: Any, sided: Any, sample: Any, eps: Any)
 
 
 def _points(real: Any, fake: Any, sample: str, eps: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    """x̂, detached."""
+    """x̂."""
     if sample == "line":
-        return interpolate(real.detach(), fake.detach(), eps, generator=generator)
+        return interpolate(real, fake, eps, generator=generator)
     if sample == "dragan":
-        x = real.detach()
-        noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        return x + 0.5 * x.std(correction=0) * noise
-    return (real if sample == "real" else fake).detach()
+        noise = torch.rand(real.shape, dtype=real.dtype, device=real.device, generator=generator)
+        return real + 0.5 * real.std(correction=0) * noise
+    return real if sample == "real" else fake
 
 
 def _input_gradient(critic: Critic, x: Tensor, more: tuple[Any, ...]) -> Tensor:
@@ -174,7 +180,7 @@ def _input_gradient(critic: Critic, x: Tensor, more: tuple[Any, ...]) -> Tensor:
         return torch.func.grad(lambda v: _scores(critic, v, more).sum())(x)
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
+        x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()  # a node of its own: the critic may hang on x too
         scores = _scores(critic, x, more)
         try:
             (grad,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=graph)

@@ -15,6 +15,20 @@ from gankern.training.networks import CONDITIONAL, IMAGES
 CLASSES = 3
 WIDTHS: dict[str, Any] = {"z_dim": 5, "g_widths": (8, 10), "d_widths": (9, 7), "conv_width": 4}
 BATCH = {"ctgan-like": 20}
+# Settings that switch the techniques of a step on, for the preset "gan".
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "instance-noise": {"instance_noise": 0.3, "instance_noise_steps": 10},
+    "label-ranges": {"real_label_range": (0.7, 1.2), "fake_label_range": (0.0, 0.3)},
+    "label-noise": {"label_noise": 0.2},
+    "sgd": {"optimizer_d": "sgd", "optimizer_g": "sgd", "momentum": 0.9, "ttur": 2.0},
+    "unroll": {"unroll": 2},
+    "replay": {"replay": 7},
+    "feature-matching": {"feature_matching": 0.5},
+    "matching": {"generator_loss": "matching"},
+    "log-gradients": {"log_gradients": True},
+    "historical-averaging": {"historical_averaging": 0.1},
+    "rmsprop": {"optimizer_d": "rmsprop", "optimizer_g": "rmsprop"},
+}
 
 
 def config(preset: str, **changes: Any) -> TrainConfig:

@@ -446,8 +446,8 @@ def test_label_refusals(tmp_path: Path, labels: np.ndarray, kind: type[Exception
         (
             {"source": "/no/such"},
             ValueError,
-            "source must be mnist, ring, grid, unrolled-ring, 8gaussians, 25gaussians, swissroll, a folder of pictures, an IDX file "
-            "or a .npz, .npy or .csv file, got '/no/such', which does not exist",
+            "source must be mnist, stacked-mnist, ring, grid, unrolled-ring, 8gaussians, 25gaussians, swissroll, a folder of "
+            "pictures, an IDX file or a .npz, .npy or .csv file, got '/no/such', which does not exist",
         ),
     ],
 )

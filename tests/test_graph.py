@@ -92,6 +92,13 @@ def test_replays_with_clipping_dropout_and_norms(backend_name: str) -> None:
             both()
 
 
+@pytest.mark.parametrize("technique", small.TECHNIQUES)
+def test_replays_with_techniques(technique: str) -> None:
+    eager, replayed = pair("gan", n_critic=2, **small.TECHNIQUES[technique])
+    run(eager, 12), run(replayed, 12)
+    assert differences(eager, replayed) == []
+
+
 @pytest.mark.parametrize(("preset", "steps"), [("cgan", 20), ("wgan-gp", 10), ("sngan", 8), ("ctgan-like", 20)])
 def test_replays_of_the_reference_show_every_operator(preset: str, steps: int) -> None:
     """The fused ops are one entry of a recording each; their definitions are plain PyTorch, all of which is replayed."""

@@ -22,8 +22,8 @@ import gankern
 from gankern import backend
 from gankern.nn import _chain
 from gankern.training import PRESETS, Trainer
-from gankern.training.adam import Adam
 from gankern.training.graph import Graph
+from gankern.training.optimizers import Adam
 from tests import small
 
 # Operators without a tag of their own that wait for the device or take data from the host.
@@ -140,9 +140,14 @@ def test_every_penalty_can_be_captured(preset: str, penalty: str) -> None:
     walk(preset, penalty=penalty, spectral_norm=preset == "sngan")
 
 
+@pytest.mark.parametrize("technique", small.TECHNIQUES)
+def test_every_technique_can_be_captured(technique: str) -> None:
+    walk("gan", **small.TECHNIQUES[technique])
+
+
 @pytest.mark.parametrize("objective", ["wgan", "lsgan", "relativistic-hinge", "relativistic-average", "fgan-kl"])
 def test_other_objectives_can_be_captured(objective: str) -> None:
-    walk("gan", loss=objective, clip_weights=0.5)
+    walk("gan", loss=objective, clip_weights=0.5, label_smoothing=1.0)
 
 
 # --- the branches of a GPU

@@ -12,12 +12,13 @@ from gankern.data.dataset import OP, Dataset
 from gankern.data.folder import read_folder
 from gankern.data.idx import find_idx, read_idx
 from gankern.data.images import to_channels, to_size
+from gankern.data.stacked import stacked
 from gankern.data.tables import read_csv
 from gankern.data.toys import TOYS, toy
 
 MNIST = Path(__file__).with_name("mnist.npz")
 SPLITS = ("train", "test")
-NAMES = ("mnist", *TOYS)  # sources that are no path
+NAMES = ("mnist", "stacked-mnist", *TOYS)  # sources that are no path
 
 
 def load(
@@ -33,6 +34,7 @@ def load(
 
     Sources:
         "mnist": the digits that come with the package, [60 000 or 10 000, 1, 28, 28] with labels ("./mnist" is a folder).
+        "stacked-mnist": 60 000 random triples of these, [N, 3, 28, 28], by `seed`; the label is the number they read, 0 to 999.
         A folder of pictures (.png .jpg .jpeg .webp .bmp), searched recursively, in the order of their paths. Orientation tags are
             obeyed, transparent areas are laid over white, 16-bit grey is reduced to 8. Where all lie in two or more sub-folders,
             these are the classes. A folder with the sub-folders train and test is read from the one that `split` names.
@@ -77,6 +79,8 @@ def load(
     checks.one_of(OP, "split", split, SPLITS)
     if source == "mnist":
         data = replace(read_arrays(MNIST, split, limit), note=f"the {split} digits of MNIST")
+    elif source == "stacked-mnist":
+        data = stacked(read_arrays(MNIST, split, None), seed, limit)
     elif source in TOYS:
         data = toy(str(source), seed, split)
     else:

@@ -14,14 +14,15 @@ def variant(loss: str, generator_loss: str = "default") -> str:
 
     Args:
         loss: a row itself.
-        generator_loss: "default" is the row's own. For the losses of Goodfellow et al. (2014; 2016, section 3.2): "saturating",
-            "non-saturating" or "max-likelihood". For f-divergences (Nowozin et al. 2016, section 3.2): "saturating", what the
-            critic's bound leaves to the generator, -mean f*(g(a)), or "non-saturating", -mean g(a).
+        generator_loss: "default" is the row's own; "matching" leaves that side to the critic's features. For the losses of
+            Goodfellow et al. (2014; 2016, section 3.2): "saturating", "non-saturating" or "max-likelihood". For f-divergences
+            (Nowozin et al. 2016, section 3.2): "saturating", what the critic's bound leaves to the generator, -mean f*(g(a)), or
+            "non-saturating", -mean g(a).
 
     Raises:
         ValueError: the loss has no such side.
     """
-    if generator_loss == "default":
+    if generator_loss in ("default", "matching"):
         return loss
     if loss in LOGISTIC.values():
         names = LOGISTIC

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from gankern import checks
 from gankern.losses.variants import variant
+from gankern.ops.pairwise import MOST_SIGMAS
 from gankern.training import combinations
 
 OP = "train"
@@ -51,6 +53,8 @@ class TrainConfig:
     """Steps between pictures of generated samples. 0: only before the first and after the last step."""
     log_every: int = 50
     """Steps between lines of log.jsonl."""
+    log_gradients: bool = False
+    """Write the norms of both networks' gradients into log.jsonl too."""
     keep: int = 2
     """Newest checkpoints kept. 0: all."""
     resume: str = "never"
@@ -90,14 +94,41 @@ class TrainConfig:
         "relativistic-average",
         "relativistic-average-lsgan",
         "relativistic-average-hinge",
+        "ebgan",
+        "began",
+        "mmd",
+        "mmd-gan",
     ] = "non-saturating"
     """What critic and generator minimise; `gankern explain NAME` has the equations and the values to expect."""
-    generator_loss: Literal["default", "saturating", "non-saturating", "max-likelihood"] = "default"
-    """The generator's side, for the losses that have several: those of Goodfellow et al. and the f-divergences."""
-    real_label: float = 1.0
+    generator_loss: Literal["default", "saturating", "non-saturating", "max-likelihood", "matching"] = "default"
+    """The generator's side, for the losses that have several: those of Goodfellow et al. and the f-divergences; or matching, of the
+    critic's mean features alone."""
+    margin: float = 1.0
+    """The energy up to which ebgan's critic pushes generated samples: a mean squared error of the reconstruction."""
+    pulling_away_weight: float = 0.1
+    """Weight of the pulling-away term in ebgan's generator loss, which keeps the samples' codes apart. 0: off."""
+    began_gamma: float = 0.5
+    """The ratio of the energies of generated and real samples that began keeps; lower is less varied."""
+    began_lambda: float = 0.001
+    """Rate at which began's k follows that ratio."""
+    mmd_bandwidths: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
+    """Widths sigma of the Gaussian kernels whose sum mmd and mmd-gan take."""
+    mmd_root: bool = False
+    """Minimise MMD instead of its square with --loss mmd: its gradient does not fade as the samples come close."""
+    mmd_reconstruction: float = 8.0
+    """Weight of the reconstruction error in mmd-gan's critic loss, where the critic is an auto-encoder."""
+    class_weight: float = 1.0
+    """Weight of the cross entropy of the classes in both losses of acgan."""
+    label_smoothing: float = 1.0
     """The discriminator's target for real images; 0.9 is one-sided label smoothing."""
     fake_label: float = 0.0
     """The discriminator's target for generated images."""
+    real_label_range: tuple[float, ...] = ()
+    """Draw each real image's target anew at each update, uniformly between these two numbers, such as 0.7 1.2. Nothing: off."""
+    fake_label_range: tuple[float, ...] = ()
+    """The same for generated images, such as 0 0.3. Nothing: off."""
+    label_noise: float = 0.0
+    """Probability that an image gets the target of the other kind, at each update of the discriminator. 0: off."""
     n_critic: int = 1
     """Updates of the discriminator a step, each with a batch of its own."""
     penalty: Literal["none", "gp", "lp", "0gp", "dragan", "r1", "r2"] = "none"
@@ -111,6 +142,14 @@ class TrainConfig:
     clip_gradients: float = 0.0
     """Scale each network's gradient down to this norm where it is longer. 0: off."""
 
+    replay: int = 0
+    """Size of a buffer of earlier generated images, from which half of those of each discriminator's update come. 0: off."""
+    feature_matching: float = 0.0
+    """Weight of the distance of the discriminator's mean features in the generator's loss. 0: off."""
+    historical_averaging: float = 0.0
+    """Weight of each network's squared distance from the mean of its past parameters. 0: off."""
+    unroll: int = 0
+    """Updates of the discriminator through which the generator's gradient goes (unrolled GAN); 5 to 10 are usual. 0: off."""
     instance_noise: float = 0.0
     """Standard deviation of the noise that is added to all that the discriminator sees. 0: off."""
     instance_noise_steps: int = 0
@@ -136,6 +175,8 @@ class TrainConfig:
     critic of EBGAN and BEGAN); tabular (those of CTGAN); and those of the 2-D experiments of three papers."""
     conv_width: int = 64
     """Channels of the widest image layer of convolutional networks."""
+    d_conv_width: int = 0
+    """The same for the discriminator of dcgan alone. 0: conv_width."""
     upsample: Literal["transposed", "shuffle", "nearest"] = "transposed"
     """How a stage of dcgan's generator doubles the side: transposed convolution, PixelShuffle, or nearest neighbours."""
     downsample: Literal["stride", "pool"] = "stride"
@@ -168,14 +209,22 @@ class TrainConfig:
     negative_slope: float = 0.2
     """Slope of LeakyReLU for negative inputs."""
 
+    optimizer_d: Literal["adam", "sgd", "rmsprop"] = "adam"
+    """Optimiser of the discriminator."""
+    optimizer_g: Literal["adam", "sgd", "rmsprop"] = "adam"
+    """Optimiser of the generator."""
     lr_g: float = 2e-4
-    """Adam's learning rate for the generator."""
+    """Learning rate of the generator."""
     lr_d: float = 2e-4
-    """Adam's learning rate for the discriminator."""
+    """Learning rate of the discriminator."""
+    ttur: float = 0.0
+    """Learning rate of the discriminator as a multiple of lr_g, in place of lr_d: the two time-scale update rule. 0: lr_d."""
     beta1: float = 0.5
     """Adam's first decay rate, for both."""
     beta2: float = 0.999
     """Adam's second decay rate, for both."""
+    momentum: float = 0.0
+    """Momentum of sgd."""
     ema: float = 0.0
     """Decay of the running average of the generator's weights, which the pictures then show; 0.999 is usual. 0: off."""
     ema_warmup: bool = True
@@ -187,6 +236,7 @@ class TrainConfig:
         for field in ("steps", "batch_size", "log_every", "z_dim", "n_critic", "conv_width", "code", "pack"):
             checks.number(OP, field, getattr(self, field), 1)
         for field in (
+            "d_conv_width",
             "checkpoint_every",
             "sample_every",
             "keep",
@@ -195,7 +245,18 @@ class TrainConfig:
             "negative_slope",
             "lr_g",
             "lr_d",
+            "ttur",
+            "momentum",
+            "unroll",
+            "replay",
+            "feature_matching",
+            "historical_averaging",
             "penalty_weight",
+            "margin",
+            "pulling_away_weight",
+            "began_lambda",
+            "mmd_reconstruction",
+            "class_weight",
             "clip_weights",
             "clip_gradients",
             "instance_noise",
@@ -203,8 +264,12 @@ class TrainConfig:
         ):
             checks.number(OP, field, getattr(self, field), 0)
         checks.number(OP, "seed", self.seed, 0, 2**62)
-        for field in ("real_label", "fake_label", "g_dropout", "d_dropout"):
+        for field in ("label_smoothing", "fake_label", "label_noise", "g_dropout", "d_dropout", "began_gamma"):
             checks.number(OP, field, getattr(self, field), 0.0, 1.0)
+        for field in ("real_label_range", "fake_label_range"):
+            value = getattr(self, field)
+            if value and (len(value) != 2 or not value[0] <= value[1]):
+                checks.fail(ValueError, OP, field, "be two numbers, the smaller one first, or nothing", value)
         for field in ("beta1", "beta2", "ema"):
             value = getattr(self, field)
             if not 0.0 <= value < 1.0:
@@ -212,12 +277,19 @@ class TrainConfig:
         for field in ("g_widths", "d_widths"):
             if any(width < 1 for width in getattr(self, field)):
                 checks.fail(ValueError, OP, field, "have widths >= 1", getattr(self, field))
+        if not 1 <= len(self.mmd_bandwidths) <= MOST_SIGMAS or not all(math.isfinite(s) and s > 0 for s in self.mmd_bandwidths):
+            checks.fail(ValueError, OP, "mmd_bandwidths", f"be 1 to {MOST_SIGMAS} numbers > 0", self.mmd_bandwidths)
         combinations.check(self)
 
     @property
     def objective(self) -> str:
-        """The row of gankern.gan_loss's table that `loss` and `generator_loss` name together."""
+        """The row of gankern.gan_loss's table that `loss` and `generator_loss` name together; a loss that is none of it, itself."""
         return variant(self.loss, self.generator_loss)
+
+    @property
+    def rate_d(self) -> float:
+        """The discriminator's learning rate (Heusel et al., "GANs trained by a two time-scale update rule", NeurIPS 2017)."""
+        return self.ttur * self.lr_g if self.ttur else self.lr_d
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -251,8 +323,9 @@ def _check_type(field: str, value: object, kind: Any) -> None:
     if origin is Literal:
         checks.one_of(OP, field, value, typing.get_args(kind))
     elif origin is tuple:
-        if not isinstance(value, tuple) or any(type(v) is not int for v in value):
-            checks.fail(TypeError, OP, field, "be a tuple of ints", repr(value))
+        of = typing.get_args(kind)[0]
+        if not isinstance(value, tuple) or any(type(v) not in (of, int) for v in value):
+            checks.fail(TypeError, OP, field, f"be a tuple of {of.__name__}s", repr(value))
     elif kind is float:
         checks.number(OP, field, value, float("-inf"))  # type: ignore[arg-type]
     elif type(value) is not kind:

@@ -63,7 +63,9 @@ def _output(shape: Shape) -> str:
 def _dcgan(config: TrainConfig, shape: Shape, classes: int) -> Networks:
     return (
         models.DCGANGenerator(config.z_dim, shape, config.conv_width, config.upsample),
-        models.DCGANDiscriminator(shape, config.conv_width, config.downsample, config.d_norm, config.negative_slope),
+        models.DCGANDiscriminator(
+            shape, config.d_conv_width or config.conv_width, config.downsample, config.d_norm, config.negative_slope
+        ),
     )
 
 

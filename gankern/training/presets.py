@@ -39,19 +39,19 @@ PRESETS = {
         "the GAN: two MLPs, the non-saturating loss, on MNIST",
         "Goodfellow et al. 2014",
         "all ten digits, a little noisy",
-        TrainConfig(**_MLP, real_label=0.9),
+        TrainConfig(**_MLP, label_smoothing=0.9),
     ),
     "gan-minimax": Preset(
         "the same with the minimax loss of algorithm 1",
         "Goodfellow et al. 2014",
         "slower at first: the generator's gradient vanishes while the critic wins",
-        TrainConfig(**_MLP, real_label=0.9, generator_loss="saturating"),
+        TrainConfig(**_MLP, label_smoothing=0.9, generator_loss="saturating"),
     ),
     "gan-bn": Preset(
         "the same with BatchNorm in the generator",
         "Goodfellow et al. 2014; Ioffe and Szegedy 2015",
         "sharper digits sooner",
-        TrainConfig(**_MLP, real_label=0.9, g_norm="batch"),
+        TrainConfig(**_MLP, label_smoothing=0.9, g_norm="batch"),
     ),
     "dcgan": Preset(
         "convolutional GAN at the data's own size (28, 32, 64 px)",
@@ -69,7 +69,7 @@ PRESETS = {
         "conditional GAN: two MLPs that are told the class",
         "Mirza and Osindero 2014",
         "the digit that is asked for",
-        TrainConfig(arch="cgan", **_MLP, real_label=0.9),
+        TrainConfig(arch="cgan", **_MLP, label_smoothing=0.9),
     ),
     "lsgan": Preset(
         "least squares in place of the logistic loss, convolutional",

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from gankern import checks
 from gankern.models import sample_latent
 from gankern.training import critics, precision, techniques
-from gankern.training.adam import Adam
 from gankern.training.config import TrainConfig
 from gankern.training.critics import Loss
+from gankern.training.optimizers import InPlace, make
 
 OP = "Trainer"
 
@@ -54,14 +54,11 @@ class Trainer:
         self.generator = generator.to(self.device).train()
         self.discriminator = discriminator.to(self.device).train()
         self.rng = torch.Generator(self.device).manual_seed(config.seed + 1)
-        self.critic = critics.choose(discriminator, config, self.rng, one_pass)
         self.forward: Any = self.generator  # what a step calls; torch.compile may stand in for it
         capturable = self.device.type == "cuda" if capturable is None else capturable
-        betas = (config.beta1, config.beta2)
-        self.opt_g, self.opt_d = (
-            Adam(net.parameters(), lr, betas, capturable=capturable)
-            for net, lr in ((self.generator, config.lr_g), (self.discriminator, config.lr_d))
-        )
+        self.opt_g = make(config.optimizer_g, self.generator.parameters(), config.lr_g, config, capturable)
+        self.opt_d = make(config.optimizer_d, self.discriminator.parameters(), config.rate_d, config, capturable)
+        self.critic = critics.choose(discriminator, config, self.rng, self.opt_d, one_pass)
         self.ema = Ema(generator, config.ema, config.ema_warmup) if config.ema > 0.0 else None
         self.steps_done = 0
         self.clock = torch.zeros((), device=self.device) if capturable else None  # steps_done, for what a graph replays
@@ -76,8 +73,8 @@ class Trainer:
             labels: nothing, or their classes, int64 [n_critic * B], which the fakes get too.
 
         Returns:
-            Detached scalars on the device: d_loss, d_real = D(x), d_fake = D(G(z)) of the critic before its last update, and
-            g_loss after it.
+            Detached scalars on the device: d_loss, d_real and d_fake of the critic before its last update, and g_loss after it.
+            d_real and d_fake are D(x) and D(G(z)), or the energies or features' statistics that gankern.training.critics has.
 
         Raises:
             ValueError: real is no multiple of n_critic samples.
@@ -102,13 +99,18 @@ class Trainer:
             self.clock += 1
         for technique in self._used:
             technique.after_step()
-        return {"d_loss": d.value, "g_loss": g.value, "d_real": d.d_real, "d_fake": d.d_fake}
+        out = {"d_loss": d.value, "g_loss": g.value, "d_real": d.d_real, "d_fake": d.d_fake}
+        for technique in self._used:
+            out |= technique.columns()
+        return out
 
     def fake(self, n: int, *labels: Tensor) -> Tensor:
         with self.autocast():
             return self.forward(self.noise(n), *labels)
 
     def discriminator_step(self, real: Tensor, fake: Tensor, *labels: Tensor) -> Loss:
+        if not self.critic.learns:
+            return self.critic.discriminator(real, fake, *labels)
         self.opt_d.forget()
         with self.autocast():
             for technique in self._used:
@@ -138,7 +140,7 @@ class Trainer:
             samples = technique.seen(samples)
         return samples
 
-    def update(self, optimizer: Adam) -> None:
+    def update(self, optimizer: InPlace) -> None:
         for technique in self._used:
             technique.gradients(optimizer)
         if self.config.clip_gradients:
@@ -172,9 +174,8 @@ class Trainer:
             state |= {f"{name}.{key}": value for key, value in model.state_dict().items()}
         for name, optimizer in self._optimizers().items():
             for index, slots in optimizer.state_dict()["state"].items():
-                state |= {f"{name}.{index}.{slot}": value for slot, value in slots.items()} | {
-                    f"{name}.{index}.step": slots["step"].clone()  # one tensor for all: a file holds each by itself
-                }
+                # the step count is one tensor for all: a file holds each by itself
+                state |= {f"{name}.{index}.{slot}": v.clone() if slot == "step" else v for slot, v in slots.items()}
         return state | self._lasting()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -208,15 +209,16 @@ class Trainer:
             more |= technique.models()
         return {"generator": self.generator, "discriminator": self.discriminator, **more}
 
-    def _optimizers(self) -> dict[str, Adam]:
-        more: dict[str, Adam] = {}
+    def _optimizers(self) -> dict[str, InPlace]:
+        more: dict[str, InPlace] = {}
         for technique in self._used:
             more |= technique.optimizers()
         return {"opt_g": self.opt_g, "opt_d": self.opt_d, **more}
 
     def _lasting(self) -> dict[str, Tensor]:
-        """The tensors that the techniques keep from step to step."""
-        return {f"{name}.{key}": value for name, t in self.techniques.items() for key, value in t.state().items()}
+        """The tensors that the critic's objective and the techniques keep from step to step."""
+        keepers: dict[str, critics.Critic | techniques.Technique] = {"critic": self.critic, **self.techniques}
+        return {f"{name}.{key}": value for name, keeper in keepers.items() for key, value in keeper.state().items()}
 
 
 class Ema:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gankern.nn.minibatch import MinibatchDiscrimination, MinibatchDistance, MinibatchStdDev
+
+# layers in which the samples of a batch see each other
+_MIXING = (_BatchNorm, MinibatchDiscrimination, MinibatchDistance, MinibatchStdDev)
 
 # The settings of gankern.gradient_penalty for each name of --penalty.
 PENALTIES: dict[str, dict[str, Any]] = {
@@ -31,6 +37,42 @@ class Loss(Protocol):
     @property
     def loss(self) -> Tensor: ...
     def backward(self) -> None: ...
+
+
+class Critic:
+    """A way to ask the critic; the module's docstring in `__init__.py` says what the two methods are.
+
+    learns: whether the objective trains the critic; False: no update of it is made at all.
+    loss: the GANLoss of an objective of logits.
+    """
+
+    learns = True
+    loss: Any = None
+
+    def discriminator(self, real: Tensor, fake: Tensor, *labels: Tensor) -> Loss:
+        raise NotImplementedError
+
+    def generator(self, fake: Tensor, real: Tensor, *labels: Tensor) -> Loss:
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs besides the network, the tensors themselves: they are changed and loaded in place."""
+        return {}
+
+
+class Computed(NamedTuple):
+    """A loss [] with its graph, and two detached statistics []."""
+
+    loss: Tensor
+    d_real: Tensor
+    d_fake: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        return self.loss.detach()
+
+    def backward(self) -> None:
+        self.loss.backward()
 
 
 class WithTerm:
@@ -57,6 +99,11 @@ class WithTerm:
 
     def backward(self) -> None:
         self.loss.backward()
+
+
+def mixes(net: nn.Module) -> bool:
+    """Whether the samples of a batch see each other in this network, so that real and fake may not share a pass."""
+    return any(isinstance(m, _MIXING) for m in net.modules())
 
 
 def draw_eps(real: Tensor, rng: torch.Generator) -> Tensor:

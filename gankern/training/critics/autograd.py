@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gankern.losses import GANLoss
-from gankern.nn.minibatch import MinibatchDiscrimination, MinibatchDistance, MinibatchStdDev
 from gankern.regularizers import gradient_penalty
-from gankern.training.critics._common import PENALTIES, Loss, WithTerm, draw_eps, frozen
-
-_MIXING = (
-    _BatchNorm,
-    MinibatchDiscrimination,
-    MinibatchDistance,
-    MinibatchStdDev,
-)  # layers in which the samples of a batch see each other
+from gankern.training.critics._common import PENALTIES, Critic, Loss, WithTerm, draw_eps, frozen, mixes
 
 
-class Autograd:
+class Autograd(Critic):
     """By autograd, for any network. Real and fake go through it in one pass where that changes nothing."""
 
     def __init__(
@@ -30,7 +22,7 @@ class Autograd:
         self.net, self.loss, self.rng = net, loss, rng
         self.penalty: dict[str, Any] = PENALTIES[penalty] and {**PENALTIES[penalty], "weight": penalty_weight}
         self.parameters = [p for p in net.parameters() if p.requires_grad]
-        self.one_pass = not any(isinstance(m, _MIXING) for m in net.modules()) if one_pass is None else one_pass
+        self.one_pass = not mixes(net) if one_pass is None else one_pass
 
     def discriminator(self, real: Tensor, fake: Tensor, *labels: Tensor) -> Loss:
         if self.one_pass:
@@ -38,13 +30,19 @@ class Autograd:
             out = self.loss.discriminator_from(logits, logits.numel() * len(real) // (len(real) + len(fake)))
         else:
             out = self.loss.discriminator(self.net(real, *labels), self.net(fake, *labels))
+        net: Any = self.net
+        if self.penalty and not labels and hasattr(net, "inputs"):  # a critic of packs has an input gradient for each pack
+            net, real, fake = net.layers, net.inputs(real), net.inputs(fake)
+        return self.penalised(out, net, real, fake, *labels)
+
+    def penalised(self, out: Loss, net: Callable[..., Tensor], real: Tensor, fake: Tensor, *labels: Tensor) -> Loss:
+        """The loss and the penalty of the scores that `net` gives."""
         if not self.penalty:
             return out
-        net: nn.Module = self.net
-        if not labels and hasattr(net, "inputs"):  # a critic of packs has an input gradient for each pack
-            net, real, fake = net.layers, net.inputs(real), net.inputs(fake)  # type: ignore[assignment,operator]
         eps = draw_eps(real, self.rng) if self.penalty["sample"] == "line" else None
-        penalty = gradient_penalty(net, real, fake, cond=labels or None, eps=eps, generator=self.rng, **self.penalty)
+        penalty = gradient_penalty(
+            net, real, fake, cond=labels or None, eps=eps, generator=self.rng, attached=fake.requires_grad, **self.penalty
+        )
         return WithTerm(out, penalty)
 
     def generator(self, fake: Tensor, real: Tensor, *labels: Tensor) -> Loss:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gankern.losses import GANLoss
 from gankern.nn.mlp_critic import MLPLayers, mlp_layers, mlp_problem
 from gankern.ops.mlp_critic import mlp_critic, mlp_critic_generator
-from gankern.training.critics._common import PENALTIES, Loss, draw_eps
+from gankern.training.critics._common import PENALTIES, Critic, Loss, draw_eps
 
 _SETTINGS = ("p", "dropout", "negative_slope")  # of a module, that `mlp_layers` reads besides its mode and parameters
 
@@ -27,7 +27,7 @@ def fits(net: nn.Module, penalty: str) -> bool:
     )
 
 
-class OnePass:
+class OnePass(Critic):
     """By `gankern.mlp_critic`: value, penalty and every gradient without a graph, in 4 L - 1 products for L layers."""
 
     def __init__(self, net: nn.Module, loss: GANLoss, penalty: str, penalty_weight: float, rng: torch.Generator) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from gankern.training.adam import Adam
+    from gankern.training.optimizers import InPlace
     from gankern.training.trainer import Trainer
 
 
@@ -39,11 +39,15 @@ class Technique:
         """What the generator's loss has besides, [], attached to the graph of fake."""
         return None
 
-    def gradients(self, optimizer: Adam) -> None:
+    def gradients(self, optimizer: InPlace) -> None:
         """After the backward pass of the network whose optimiser this is, before its update."""
 
     def after_step(self) -> None:
         """At the end of a step."""
+
+    def columns(self) -> dict[str, Tensor]:
+        """Numbers [] of the step for the log, besides the losses; the same names at each step, from the beginning."""
+        return {}
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs, the tensors themselves: they are loaded in place."""
