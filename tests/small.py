@@ -27,6 +27,8 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "matching": {"generator_loss": "matching"},
     "log-gradients": {"log_gradients": True},
     "historical-averaging": {"historical_averaging": 0.1},
+    "r1r2": {"penalty": "r1r2"},
+    "spectral-norm-g": {"spectral_norm_g": True},
     "rmsprop": {"optimizer_d": "rmsprop", "optimizer_g": "rmsprop"},
 }
 

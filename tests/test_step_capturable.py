@@ -134,7 +134,8 @@ def test_everything_at_once_can_be_captured(backend_name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "penalty"), [*(("gan", p) for p in ("gp", "lp", "0gp", "dragan", "r1", "r2")), ("sngan", "gp"), ("sngan", "r1")]
+    ("preset", "penalty"),
+    [*(("gan", p) for p in ("gp", "lp", "0gp", "dragan", "r1", "r2", "r1r2")), ("sngan", "gp"), ("sngan", "r1")],
 )
 def test_every_penalty_can_be_captured(preset: str, penalty: str) -> None:
     walk(preset, penalty=penalty, spectral_norm=preset == "sngan")

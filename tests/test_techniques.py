@@ -40,7 +40,7 @@ PLAIN: dict[str, Any] = {"d_dropout": 0.0, "label_smoothing": 1.0, "ema": 0.0}
 @pytest.mark.parametrize("technique", small.TECHNIQUES)
 @pytest.mark.parametrize("preset", ["gan", "dcgan"])
 def test_resumed_steps_equal_uninterrupted_ones(technique: str, preset: str) -> None:
-    settings = small.config(preset, **small.TECHNIQUES[technique])
+    settings = small.config(preset, **{"d_norm": "none", **small.TECHNIQUES[technique]})
     whole, first, second = (small.trainer(settings) for _ in range(3))
     batches = [reals(settings, i) for i in range(4)]
     torch.manual_seed(1)
@@ -226,6 +226,46 @@ def test_norms_of_the_gradients_are_logged(capturable: bool) -> None:
     out = engine.step()
     values = engine.losses.request().read().values
     assert values == {name: out[name].item() for name in ("d_loss", "g_loss", "d_real", "d_fake", "g_grad_norm", "d_grad_norm")}
+
+
+# --- the generator's spectral norm, and dropout where samples are drawn
+
+
+def test_spectral_norm_of_the_generator() -> None:
+    t = small.trainer(small.config("gan", spectral_norm_g=True, g_widths=(30, 20)))
+    for i in range(3):
+        t.step(reals(t.config, i))
+    linears = [m for m in t.generator.modules() if isinstance(m, nn.Linear)]
+    assert len(linears) == 3
+    for m in linears:
+        assert abs(torch.linalg.matrix_norm(m.weight.detach(), 2) - 1) < 0.05
+    assert not any(hasattr(m, "parametrizations") for m in t.discriminator.modules())
+
+
+@pytest.mark.parametrize("preset", ["gan", "gan-bn"])
+def test_dropout_in_drawn_samples(preset: str) -> None:
+    settings = small.config(preset, g_dropout=0.5, g_widths=(200,), ema=0.9)
+    plain, dropped = small.trainer(settings), small.trainer(dataclasses.replace(settings, sample_dropout=True))
+    for t in (plain, dropped):
+        torch.manual_seed(1)
+        t.step(reals(settings))
+    z = torch.randn(50, settings.z_dim)
+    assert torch.equal(plain.sample(z), plain.sample(z))
+    before = torch.get_rng_state()
+    first = dropped.sample(z)
+    assert torch.equal(torch.get_rng_state(), before)  # the training's draws do not depend on pictures
+    torch.rand(1)
+    assert not torch.equal(dropped.sample(z), first)
+    draws = []
+    for _ in range(200):
+        draws.append(dropped.sample(z))
+        torch.rand(1)
+    assert (torch.stack(draws).mean(0) - plain.sample(z)).abs().mean() < 0.02  # tanh is near linear here
+    assert dropped.generator.training
+    assert not dropped.ema.model.training  # type: ignore[union-attr]
+    norms = [m for m in dropped.ema.model.modules() if isinstance(m, nn.BatchNorm1d)]  # type: ignore[union-attr]
+    assert len(norms) == (preset == "gan-bn")
+    assert all(torch.equal(a, b) for a, b in zip(plain.generator.buffers(), dropped.generator.buffers(), strict=True))
 
 
 # --- refused

@@ -37,6 +37,8 @@ def networks(config: TrainConfig, shape: Shape, classes: int = 0, fused: bool = 
         discriminator = models.Packed(discriminator, pack)
     if fused:
         generator, discriminator = fuse(generator), fuse(discriminator)
+    if config.spectral_norm_g:
+        spectral_norm_(generator)
     return generator, spectral_norm_(discriminator) if config.spectral_norm else discriminator
 
 

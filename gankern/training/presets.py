@@ -148,7 +148,7 @@ PRESETS = {
         "relativistic pairs with R1 and R2, plain convolutions without normalisation",
         "Huang et al. 2024",
         "all digits; stable for as long as it runs",
-        TrainConfig(**{**_DCGAN, "d_norm": "none"}, loss="relativistic", penalty="r1", penalty_weight=0.5, beta1=0.0, beta2=0.99),
+        TrainConfig(**{**_DCGAN, "d_norm": "none"}, loss="relativistic", penalty="r1r2", penalty_weight=0.5, beta1=0.0, beta2=0.99),
     ),
     "ring": Preset(
         "eight Gaussians on a ring, pairs of samples judged together",
