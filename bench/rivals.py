@@ -341,5 +341,5 @@ def gankern_graph(setting: Setting) -> Step:
     trainer = Trainer(setting.generator, setting.critic, setting.config, device, capturable=True)
     times = max(1, min(256, 2**27 // real.numel()))  # a new epoch costs the host a copy of its order: as rare as in a real run
     labels = setting.labels[0].cpu().repeat(times) if setting.labels else None
-    data = Dataset(real.cpu().repeat(times, 1, 1, 1), labels, "bench")
+    data = Dataset(real.cpu().repeat(times, *(1,) * (real.dim() - 1)), labels, "bench")
     return graph.Graph(trainer, InOrder(data, len(real), device=device)).step

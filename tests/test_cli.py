@@ -144,7 +144,9 @@ def test_plain_lines_now_and_then(images: Path, tmp_path: Path, capsys: Capture,
     assert train_main(["gan", "--data", str(images), "--outdir", str(tmp_path), *TINY, "--steps", "10", "--log-every", "5"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:-1]] == [["step", "5/10"], ["step", "10/10"]]
-    assert all(word in lines[1] for word in (" img/s ", " D ", " G ", "D(x) ", "D(G(z)) ", "ETA 0:"))
+    words = (" img/s, ", " d_loss ", " (1.376 when the critic cannot tell)", " g_loss ", "D(x) ", "D(G(z)) ", "ETA 0:")
+    assert all(word in lines[1] for word in words)
+    assert re.match(r"finished 10 steps: d_loss \d+\.\d{3} \(1\.376 when .*\), g_loss .*; samples: ", lines[-1])
 
 
 def test_live_bar_on_a_terminal(images: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,7 +465,8 @@ def test_gankern_itself(capsys: Capture) -> None:
     assert all(name in listed for name in PRESETS)
     assert train_main(["--help"]) == 0
     assert "gan " in capsys.readouterr().out
-    assert "command must be train, sample, presets, doctor or bench, got 'fly'" in refused(capsys, main(["fly"]), "gankern")
+    names = "train, sample, presets, explain, doctor, reproduce or bench"
+    assert f"command must be {names}, got 'fly'" in refused(capsys, main(["fly"]), "gankern")
 
 
 def sample(run: Path, out: Path, *flags: str) -> int:

@@ -222,6 +222,7 @@ def test_surface_and_its_gradient() -> None:
     torch.testing.assert_close(surface.gradient, -6 * offset)
     assert critic.training
     assert critic.w.grad is None
+    assert not points.requires_grad
 
 
 def test_surface_of_a_critic_of_packs_is_the_mean_over_packs_of_other_points() -> None:

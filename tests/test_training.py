@@ -29,7 +29,6 @@ from gankern.training.trainer import generate
 from tests.support import DEVICE
 
 SHAPE = (1, 3, 4)
-OBJECTIVES_TRAINED = typing.get_args(typing.get_type_hints(TrainConfig)["loss"])
 SMALL = TrainConfig(batch_size=6, z_dim=5, g_widths=(8, 10), d_widths=(9, 7), seed=3)
 
 
@@ -112,10 +111,11 @@ def test_loss_has_every_objective(objective: str) -> None:
 
 
 def test_config_has_every_objective() -> None:
-    assert set(OBJECTIVES_TRAINED) == set(OBJECTIVES)
+    others = {"ebgan", "began", "mmd", "mmd-gan"}  # no functions of logits
+    assert set(typing.get_args(typing.get_type_hints(TrainConfig)["loss"])) == set(OBJECTIVES) | others
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES_TRAINED)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_three_steps_of_every_objective(objective: str) -> None:
     t = trainer(dataclasses.replace(SMALL, loss=objective, clip_weights=0.5))
     before = [p.detach().clone() for p in (*t.generator.parameters(), *t.discriminator.parameters())]

@@ -23,6 +23,7 @@ from torch import Tensor
 import gankern
 from gankern import data
 from gankern.cli.common import Parser, Refused, need, pick_device, refusing
+from gankern.cli.explain import Reader
 from gankern.cli.progress import Progress
 from gankern.models import sample_latent
 from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, pictures, precision, run_dir
@@ -267,7 +268,9 @@ def fit(preset: str, ready: Ready) -> int:
         words = ["gankern-train", preset, *flags(preset, dataclasses.replace(config, resume=str(run.path)))]
         print(f"stopped after step {trainer.steps_done}, all saved; to resume: {shlex.join(words)}")
         return 128 + stop.signal
-    print(f"finished {config.steps} steps; samples: {run.path / f'fakes{config.steps:06d}.png'}; more: gankern sample {run.path}")
+    losses = f": {Reader(config).losses(reporter.last)}" if reporter.last else ""
+    where = f"samples: {run.path / f'fakes{config.steps:06d}.png'}; more: gankern sample {run.path}"
+    print(f"finished {config.steps} steps{losses}; {where}")
     return 0
 
 
@@ -296,7 +299,8 @@ class Reporter:
         self.z = sample_latent(self.view.count, config.z_dim, config.latent, latents)
         first = trainer.steps_done
         self.board = SummaryWriter(str(self.run.path), purge_step=first + 1 if first else None)
-        self.progress = Progress(config.steps, first, config.batch_size)
+        self.progress = Progress(config.steps, first, config.batch_size, Reader(config))
+        self.last: dict[str, float] = {}  # row of log.jsonl
         self.saved_step = first or -1
         self.logged_step = first
         self.pending: list[Pending] = []
@@ -351,6 +355,7 @@ class Reporter:
         self.logged_step = step
         row = {"step": step, "time_s": round(self.seconds, 3), "images_per_s": round(rate, 1), **values}
         self.run.log(row)
+        self.last = row
         for name in ("d_loss", "g_loss"):
             self.board.add_scalar(f"loss/{name}", row[name], step)
         for name in ("d_real", "d_fake"):
@@ -406,7 +411,10 @@ def describe(preset: str, config: TrainConfig, trainer: Trainer, dataset: data.D
     print(f"\ndata      {len(dataset)} {dataset.kind} {list(dataset.shape)}: {dataset.note}\ndevice    {trainer.device}\n")
     for role, model in (("generator", trainer.generator), ("discriminator", trainer.discriminator)):
         print(f"{role}, {sum(p.numel() for p in model.parameters()):,} parameters\n{model}\n")
-    print("ops")
+    print(f"at equilibrium (see gankern explain {config.objective})")
+    for name, words in Reader(config).equilibrium():
+        print(f"  {name:<14} {words}")
+    print("\nops")
     for op, name, why in backends(trainer.device):
         print(f"  {op:<14} {name:<10} {why}")
     where = f"a new directory under {config.outdir}" if run is None else f"{run.path}, continued after step {trainer.steps_done}"

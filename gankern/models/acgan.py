@@ -21,6 +21,7 @@ from gankern.models.dcgan import downward, initialise
 class _Discriminator(nn.Module):
     """`layers` with 1 + classes outputs."""
 
+    classifies = True  # the trainer adds the cross entropy of the classes
     layers: nn.Sequential
 
     def __init__(self, in_shape: Sequence[int], classes: int) -> None:

@@ -215,9 +215,7 @@ def pulling_away(features: Tensor) -> Tensor:
         return (product.square().sum() - rows.square().sum(1).square().sum()) / (n * (n - 1))
 
 
-def _checked_means(
-    op: str, real: Tensor, fake: Tensor, sigmas: Sequence[float], unbiased: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _checked_means(op: str, real: Tensor, fake: Tensor, sigmas: Sequence[float], unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
     least = 2 if unbiased else 1
     _check_samples(op, "real", real, least)
     _check_samples(op, "fake", fake, least)
@@ -241,9 +239,7 @@ def _checked_means(
     return _means(real, fake, sigmas, unbiased, name)
 
 
-def _means(
-    real: Tensor, fake: Tensor, sigmas: Sequence[float], unbiased: bool, name: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _means(real: Tensor, fake: Tensor, sigmas: Sequence[float], unbiased: bool, name: str) -> tuple[Tensor, Tensor, Tensor]:
     gammas = [0.5 / float(s) ** 2 for s in sigmas]
     with _no_autocast(real):
         x, y = _rows(real), _rows(fake)

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from gankern.training.config import TrainConfig
 
 OP = "train"
+_MLPS = ("mlp", "cgan", "autoencoder")  # --g-norm is of their generators
+_NO_NORM = ("unrolled-toy", "wgan-gp-toy")
 NO_CRITIC = {"penalty": "none", "n_critic": 1, "spectral_norm": False, "clip_weights": 0.0, "pack": 1}
 
 
@@ -38,6 +40,16 @@ def check(c: TrainConfig) -> None:
     _check_techniques(c)
     if c.penalty != "none" and c.d_norm == "batch":
         _refuse("d_norm", "be none with --penalty, whose norm is of each sample by itself", "batch")
+    if c.d_norm == ("batch" if c.arch == "resnet" else "layer"):
+        _refuse("d_norm", f"be none or {'layer' if c.arch == 'resnet' else 'batch'} with --arch {c.arch}", c.d_norm)
+    if c.minibatch_features != "none" and c.penalty != "none":
+        _refuse("minibatch_features", "be none with --penalty, whose norm is of each sample by itself", c.minibatch_features)
+    if c.minibatch_features != "none" and c.arch in ("autoencoder", "conv-autoencoder"):
+        _refuse("minibatch_features", f"be none with --arch {c.arch}, whose critic gives no score", c.minibatch_features)
+    if c.virtual_batch_norm and (c.arch in _NO_NORM or (c.arch in _MLPS and c.g_norm == "none")):
+        _refuse("virtual_batch_norm", f"be False with --arch {c.arch} and --g-norm {c.g_norm}: no BatchNorm in the generator", True)
+    if c.virtual_batch_norm and c.batch_size == 1:
+        _refuse("batch_size", "be >= 2 with --virtual-batch-norm", 1)
     if c.pack > 1 and c.arch in ("cgan", "cdcgan", "acgan"):
         _refuse("pack", f"be 1 with --arch {c.arch}, whose discriminator is told one class a sample", c.pack)
     if c.pack > 1 and c.arch in ("autoencoder", "conv-autoencoder"):

@@ -162,6 +162,7 @@ class TrainConfig:
         "mlp",
         "dcgan",
         "sngan",
+        "resnet",
         "cgan",
         "cdcgan",
         "acgan",
@@ -172,9 +173,9 @@ class TrainConfig:
         "unrolled-toy",
         "wgan-gp-toy",
     ] = "mlp"
-    """The two networks: mlp; dcgan (Radford et al.); sngan (the standard CNN of Miyato et al.); cgan and cdcgan (MLPs and DCGAN
-    with labels); acgan (the discriminator tells the class too); autoencoder and conv-autoencoder (the critic of EBGAN and BEGAN);
-    tabular (those of CTGAN); and those of the 2-D experiments of three papers."""
+    """The two networks: mlp; dcgan (Radford et al.); sngan and resnet (the standard CNN and the ResNet of Miyato et al.); cgan
+    and cdcgan (MLPs and DCGAN with labels); acgan (the discriminator tells the class too); autoencoder and conv-autoencoder (the
+    critic of EBGAN and BEGAN); tabular (those of CTGAN); and those of the 2-D experiments of three papers."""
     conv_width: int = 64
     """Channels of the widest image layer of convolutional networks."""
     d_conv_width: int = 0
@@ -185,8 +186,13 @@ class TrainConfig:
     """How a stage of dcgan's discriminator halves the side: stride 2, or average pooling."""
     code: int = 64
     """Length of an auto-encoder's code."""
-    d_norm: Literal["none", "batch"] = "none"
-    """Normalisation in the discriminator of dcgan: none, or BatchNorm but for the first layer."""
+    d_norm: Literal["none", "batch", "layer"] = "none"
+    """Normalisation in the discriminator: none; BatchNorm but for the first layer (dcgan, cdcgan, acgan); layer norm (resnet)."""
+    minibatch_features: Literal["none", "discrimination", "distance", "stddev"] = "none"
+    """What the discriminator's last layer is told of the whole batch: learned closeness (Salimans et al.), the mean squared
+    distance, or the standard deviation (Karras et al.)."""
+    virtual_batch_norm: bool = False
+    """Take the statistics of the generator's BatchNorm from a fixed batch of latent vectors and the sample itself."""
     pack: int = 1
     """Samples that the discriminator judges together (PacGAN)."""
     z_dim: int = 100

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from gankern import checks, models
-from gankern.nn import spectral_norm_
+from gankern.nn import VirtualBatchNorm, add_minibatch_features, spectral_norm_
 from gankern.nn.fuse import fuse
 from gankern.training.config import TrainConfig
 
@@ -35,6 +36,12 @@ def networks(config: TrainConfig, shape: Shape, classes: int = 0, fused: bool = 
     if pack > 1 and not hasattr(discriminator, "pack"):
         _, discriminator = _ARCHS[arch](config, (pack * shape[0], *shape[1:]), classes)
         discriminator = models.Packed(discriminator, pack)
+    if config.minibatch_features != "none":
+        discriminator = add_minibatch_features(discriminator, config.minibatch_features)
+    if config.virtual_batch_norm:
+        n = config.batch_size
+        labels = [torch.arange(n) % classes] if arch in CONDITIONAL else []
+        generator = VirtualBatchNorm(generator, models.sample_latent(n, config.z_dim, config.latent), *labels)
     if fused:
         generator, discriminator = fuse(generator), fuse(discriminator)
     if config.spectral_norm_g:
@@ -91,10 +98,26 @@ def _sngan(config: TrainConfig, shape: Shape, classes: int) -> Networks:
     return models.SNGANGenerator(config.z_dim, shape, widths), models.SNGANDiscriminator(shape, widths)
 
 
+def _resnet(config: TrainConfig, shape: Shape, classes: int) -> Networks:
+    return (
+        models.ResNetGenerator(config.z_dim, shape, config.conv_width),
+        models.ResNetDiscriminator(shape, config.conv_width, config.d_norm),
+    )
+
+
 def _cgan(config: TrainConfig, shape: Shape, classes: int) -> Networks:
     return (
-        models.CGANGenerator(config.z_dim, classes, config.g_widths, shape),
-        models.CGANDiscriminator(shape, classes, config.d_widths, dropout=config.d_dropout),
+        models.CGANGenerator(
+            config.z_dim,
+            classes,
+            config.g_widths,
+            shape,
+            norm=config.g_norm,
+            dropout=config.g_dropout,
+            negative_slope=config.negative_slope,
+            output=_output(shape),
+        ),
+        models.CGANDiscriminator(shape, classes, config.d_widths, dropout=config.d_dropout, negative_slope=config.negative_slope),
     )
 
 
@@ -138,6 +161,7 @@ _ARCHS: dict[str, Callable[[TrainConfig, Shape, int], Networks]] = {
     "mlp": _mlp,
     "dcgan": _dcgan,
     "sngan": _sngan,
+    "resnet": _resnet,
     "cgan": _cgan,
     "cdcgan": _cdcgan,
     "acgan": _acgan,
@@ -149,4 +173,4 @@ _ARCHS: dict[str, Callable[[TrainConfig, Shape, int], Networks]] = {
     "wgan-gp-toy": _wgan_gp_toy,
 }
 CONDITIONAL = frozenset({"cgan", "cdcgan", "acgan"})
-IMAGES = frozenset({"dcgan", "sngan", "cdcgan", "acgan", "conv-autoencoder"})
+IMAGES = frozenset({"dcgan", "sngan", "resnet", "cdcgan", "acgan", "conv-autoencoder"})

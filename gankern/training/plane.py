@@ -140,7 +140,7 @@ def ask(critic: nn.Module, points: Tensor, others: Tensor) -> Surface | None:
     critic.eval()
     try:
         with torch.enable_grad():
-            x = points.to(device).requires_grad_()
+            x = points.to(device, copy=True).requires_grad_()
             packs = [torch.cat([x[:, None], c.to(device).expand(len(x), -1, 2)], 1).flatten(0, 1) for c in companions]
             scores = [critic(p) for p in packs]
             if not all(isinstance(s, Tensor) and s.numel() == len(x) for s in scores):

@@ -224,7 +224,7 @@ class Trainer:
 
     def _lasting(self) -> dict[str, Tensor]:
         """The tensors that the critic's objective and the techniques keep from step to step."""
-        keepers = {"critic": self.critic, **self.techniques}
+        keepers: dict[str, critics.Critic | techniques.Technique] = {"critic": self.critic, **self.techniques}
         return {f"{name}.{key}": value for name, keeper in keepers.items() for key, value in keeper.state().items()}
 
 

@@ -82,14 +82,14 @@ def _plain(net: nn.Module, config: TrainConfig, rng: torch.Generator, one_pass: 
         return MMDGAN(net, config, rng, one_pass)
     if config.loss in ("ebgan", "began"):
         if not reconstructs:
-            checks.fail(ValueError, OP, "arch", f"be autoencoder with --loss {config.loss}, whose critic is one", config.arch)
+            checks.fail(ValueError, OP, "arch", f"be autoencoder or conv-autoencoder with --loss {config.loss}", config.arch)
         return (EBGAN if config.loss == "ebgan" else BEGAN)(net, config, one_pass)
     if reconstructs:
         wanted = "be ebgan, began, mmd or mmd-gan with --arch autoencoder, which gives no logits"
         checks.fail(ValueError, OP, "loss", wanted, config.loss)
     loss = GANLoss(config.objective, config.label_smoothing, config.fake_label)
     settings = config.penalty, config.penalty_weight, rng
-    if config.arch == "acgan":
+    if getattr(net, "classifies", False):
         return Auxiliary(net, loss, *settings, one_pass, config.class_weight)
     if one_pass is not False and _one_pass.fits(net, config.penalty):
         return OnePass(net, loss, *settings)

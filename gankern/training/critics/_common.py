@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gankern.nn.minibatch import MinibatchDiscrimination, MinibatchDistance
+from gankern.nn.minibatch import MinibatchDiscrimination, MinibatchDistance, MinibatchStdDev
 
-_MIXING = (_BatchNorm, MinibatchDiscrimination, MinibatchDistance)  # layers in which the samples of a batch see each other
+# layers in which the samples of a batch see each other
+_MIXING = (_BatchNorm, MinibatchDiscrimination, MinibatchDistance, MinibatchStdDev)
 
 # The settings of gankern.gradient_penalty for each name of --penalty.
 PENALTIES: dict[str, dict[str, Any]] = {

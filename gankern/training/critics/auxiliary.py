@@ -14,10 +14,10 @@ from gankern.training.critics.autograd import Autograd
 class Auxiliary(Autograd):
     """Both networks minimise, besides the adversarial loss, the cross entropy of the class that the critic reads off a sample.
 
-    Critic: the adversarial loss + w (mean CE(real) + mean CE(fake)); generator: its adversarial loss + w mean CE(fake), CE = -log P(c).
+    With CE = -log P(class), critic: the adversarial loss + w (mean CE(real) + mean CE(fake)); generator: its own + w mean CE(fake).
 
     Args:
-        net: samples -> (logits [B], logits of the classes [B, classes]); it is not told the labels.
+        net: samples -> (logits [B], logits of the classes [B, classes]); it is not told the labels, and has `classifies` = True.
         class_weight: w, >= 0.
         Others as `Autograd`.
 
@@ -50,7 +50,8 @@ class Auxiliary(Autograd):
         return self.penalised(WithTerm(out, self.class_weight * entropy), lambda x: self.net(x)[0], real, fake)
 
     def generator(self, fake: Tensor, real: Tensor, *labels: Tensor) -> Loss:
+        (wanted,) = labels
         with frozen(self.parameters):
             reference = self.net(real)[0] if self.loss.relativistic else None
             logits, classes = self.net(fake)
-        return WithTerm(self.loss.generator(logits, reference), self.class_weight * F.cross_entropy(classes, *labels))
+        return WithTerm(self.loss.generator(logits, reference), self.class_weight * F.cross_entropy(classes, wanted))

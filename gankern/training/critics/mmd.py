@@ -48,8 +48,8 @@ class MMDGAN(Critic):
 
     The features of a sample are what the critic gives for it: its logit, or the code of an auto-encoder. An auto-encoder's critic
     has w (mean |x - x'|² + mean |G(z) - G(z)'|²) besides, x' the reconstruction and w config.mmd_reconstruction, by which the
-    features tell samples apart, as the kernel's theory asks. (Of the authors' code, the term that orders the features' means is left
-    out.) A gradient penalty is that of the witness function, t -> mean k(f(x), f(t)) - mean k(f(G(z)), f(t)).
+    features tell samples apart, as the kernel's theory asks; the term of the authors' code that orders the features' means is left
+    out. A gradient penalty is that of the witness function, t -> mean k(f(x), f(t)) - mean k(f(G(z)), f(t)).
 
     d_real and d_fake are the means of the witness function over real and fake samples; they differ by MMD².
 
@@ -82,8 +82,8 @@ class MMDGAN(Critic):
         out: Loss = compared(of_real, of_fake, self.config.mmd_bandwidths, -1)
         weight = self.config.mmd_reconstruction
         if weight and hasattr(self.net, "decode"):
-            lost = (error(x, self.net.decode(h)).mean() for x, h in ((real, of_real), (fake, of_fake)))  # type: ignore[operator]
-            out = WithTerm(out, weight * sum(lost))
+            for x, h in ((real, of_real), (fake, of_fake)):
+                out = WithTerm(out, weight * error(x, self.net.decode(h)).mean())  # type: ignore[operator]
         if self.config.penalty == "none":
             return out
 
