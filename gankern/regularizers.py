@@ -132,7 +132,7 @@ def gradient_penalty(
 
     Source: Gulrajani et al., "Improved training of Wasserstein GANs", NeurIPS 2017, eq. 3; Petzka et al., "On the regularization of
     Wasserstein GANs", ICLR 2018 (one-sided); Mescheder et al., "Which training methods for GANs do actually converge?", ICML 2018,
-    eq. 9 (R1, R2); Huang et al., "The GAN is dead; long live the GAN!", NeurIPS 2024, eq. 3
+    eq. 9 (R1, R2); Huang et al., "The GAN is dead; long live the GAN!", NeurIPS 2024
     (both); Kodali et al., "On convergence and stability of GANs", 2017, and the authors' code (DRAGAN).
     """
     _check(critic, real, fake, sided, sample, eps)

@@ -151,6 +151,12 @@ class TrainConfig:
     """Weight of the distance of the discriminator's mean features in the generator's loss. 0: off."""
     historical_averaging: float = 0.0
     """Weight of each network's squared distance from the mean of its past parameters. 0: off."""
+    reconstruction: float = 0.0
+    """VAE-GAN: weight of the squared error of real images after an encoder and the generator, in the generator's loss. 0: off."""
+    reconstruct: Literal["pixels", "features"] = "pixels"
+    """Of what that error is: the image, or what the discriminator's last layer takes."""
+    kl: float = 0.0
+    """VAE-GAN: weight of the Kullback-Leibler divergence of the encoder's latent law from N(0, 1)."""
     unroll: int = 0
     """Updates of the discriminator through which the generator's gradient goes (unrolled GAN); 5 to 10 are usual. 0: off."""
     instance_noise: float = 0.0
@@ -254,6 +260,8 @@ class TrainConfig:
             "momentum",
             "unroll",
             "replay",
+            "reconstruction",
+            "kl",
             "feature_matching",
             "historical_averaging",
             "penalty_weight",
