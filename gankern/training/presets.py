@@ -88,7 +88,8 @@ PRESETS = {
         "Arjovsky et al. 2017",
         "-d_loss falls slowly as the samples improve",
         TrainConfig(
-            arch="dcgan", loss="wgan", clip_weights=0.01, n_critic=5, lr_g=5e-5, lr_d=5e-5, ema=0.999
+            arch="dcgan", loss="wgan", clip_weights=0.01, n_critic=5, optimizer_d="rmsprop", optimizer_g="rmsprop", lr_g=5e-5,
+            lr_d=5e-5, ema=0.999,
         ),
     ),
     "wgan-gp": Preset(
