@@ -25,6 +25,7 @@ PENALTIES: dict[str, dict[str, Any]] = {
     "dragan": {"sample": "dragan", "target": 1.0},
     "r1": {"sample": "real", "target": 0.0},
     "r2": {"sample": "fake", "target": 0.0},
+    "r1r2": {"sample": "both", "target": 0.0},
 }
 
 
