@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles ahead of time for sm_80, sm_90 (there in every form) and sm_100, spills no register and fits in shared memory."""
+"""Every Triton kernel compiles ahead of time for sm_80, sm_90 and sm_100, spills no register and fits in shared memory."""
 
 from __future__ import annotations
 
