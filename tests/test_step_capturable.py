@@ -179,9 +179,11 @@ FUSED: dict[str, set[str]] = {  # what each architecture, or preset, runs as
     "acgan": CONV,
     "autoencoder": {"linear_lrelu_act"},
     "gmmn": {"pairwise_gram_"},
+    "improved": {"gan_loss", "bn_lrelu"},
     "tabular": {"bn_lrelu", "mlp_critic_pass"},
     "pacgan-toy": {"bn_lrelu", "gan_loss"},
     "wgan-gp-toy": {"linear_lrelu_act", "mlp_critic_pass"},
+    "unrolled-toy": {"linear_lrelu_act", "gan_loss"},
 }
 
 

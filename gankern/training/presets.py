@@ -154,6 +154,28 @@ PRESETS = {
         "all digits; stable for as long as it runs",
         TrainConfig(**{**_DCGAN, "d_norm": "none"}, loss="relativistic", penalty="r1r2", penalty_weight=0.5, beta1=0.0, beta2=0.99),
     ),
+    "improved": Preset(
+        "minibatch discrimination, feature matching, virtual batch norm and label smoothing, convolutional",
+        "Salimans et al. 2016",
+        "varied, clean digits",
+        TrainConfig(
+            **_DCGAN, minibatch_features="discrimination", feature_matching=1.0, virtual_batch_norm=True, label_smoothing=0.9
+        ),
+    ),
+    "vae-gan": Preset(
+        "an encoder besides: the generator also restores real images from their codes, convolutional",
+        "Larsen et al. 2016",
+        "smooth digits, each class there",
+        TrainConfig(**_DCGAN, reconstruction=10.0, reconstruct="features", kl=0.1),
+    ),
+    "unrolled": Preset(
+        "eight Gaussians on a ring; the generator looks 10 critic updates ahead",
+        "Metz et al. 2017",
+        "all 8 modes within some thousand steps; with --unroll 0 the samples hop from mode to mode",
+        TrainConfig(
+            data="unrolled-ring", arch="unrolled-toy", z_dim=256, batch_size=512, lr_g=1e-3, lr_d=1e-4, unroll=10, steps=5_000,
+        ),
+    ),
     "ring": Preset(
         "eight Gaussians on a ring, pairs of samples judged together",
         "Lin et al. 2018",
