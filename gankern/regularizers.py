@@ -18,7 +18,7 @@ from gankern.ops.interpolate import interpolate
 from gankern.ops.mlp_critic import mlp_critic_penalty
 
 OP = "gradient_penalty"
-SAMPLES = ("line", "real", "fake", "dragan")
+SAMPLES = ("line", "real", "fake", "both", "dragan")
 CLOSED_FORM = 2**20  # multiplications of one pass through the critic
 
 Critic = Callable[..., Tensor]
@@ -85,6 +85,7 @@ def gradient_penalty(
     | 0-GP | `target=0` | the same |
     | R1 | `sample="real", target=0, weight=gamma / 2` | real |
     | R2 | `sample="fake", target=0, weight=gamma / 2` | fake |
+    | R1 + R2 | `sample="both", target=0, weight=gamma / 2`: the sum of the two | real and fake |
     | DRAGAN | `sample="dragan"` | real + 0.5 std(real) U, U uniform in [0, 1) for each element, std over the whole batch |
 
     The critic runs once, forward and backward, and its parameters get no gradient product in that pass: only the backward pass of
@@ -111,8 +112,9 @@ def gradient_penalty(
         weight: factor, >= 0.
         target: gradient norm that costs nothing, >= 0.
         sided: "two" or "one".
-        sample: "line", "real", "fake" or "dragan".
-        cond: what the critic takes besides x̂: a tensor, or a tuple of arguments; passed on as given.
+        sample: "line", "real", "fake", "both" or "dragan".
+        cond: what the critic takes besides x̂: a tensor, or a tuple of arguments; passed on as given. For "both"
+            that of real, then that of fake.
         eps: [B], for `sample="line"`: instead of drawing.
         generator: source of eps or U; None is PyTorch's default generator on the samples' device.
         attached: keep the graph of real and fake, which then have a gradient from the penalty (an unrolled GAN's generator).
@@ -130,7 +132,8 @@ def gradient_penalty(
 
     Source: Gulrajani et al., "Improved training of Wasserstein GANs", NeurIPS 2017, eq. 3; Petzka et al., "On the regularization of
     Wasserstein GANs", ICLR 2018 (one-sided); Mescheder et al., "Which training methods for GANs do actually converge?", ICML 2018,
-    eq. 9 (R1, R2); Kodali et al., "On convergence and stability of GANs", 2017, and the authors' code (DRAGAN).
+    eq. 9 (R1, R2); Huang et al., "The GAN is dead; long live the GAN!", NeurIPS 2024
+    (both); Kodali et al., "On convergence and stability of GANs", 2017, and the authors' code (DRAGAN).
     """
     _check(critic, real, fake, sided, sample, eps)
     if attached:
@@ -138,6 +141,7 @@ def gradient_penalty(
     else:
         with torch.no_grad():
             x = _points(real, fake, sample, eps, generator).detach()
+    weight = 2 * weight if sample == "both" else weight  # the mean is one over twice as many
     more = cond if isinstance(cond, tuple) else () if cond is None else (cond,)
     known = None if more or attached else _closed_form(critic, x, target, sided, weight)
     if known is not None:
@@ -152,7 +156,7 @@ def _check(critic: Any, real: Any, fake: Any, sided: Any, sample: Any, eps: Any)
         checks.fail(TypeError, OP, "critic", "be callable", type(critic).__name__)
     checks.one_of(OP, "sided", sided, SIDES)
     checks.one_of(OP, "sample", sample, SAMPLES)
-    for argument, value, users in (("real", real, ("line", "real", "dragan")), ("fake", fake, ("line", "fake"))):
+    for argument, value, users in (("real", real, ("line", "real", "both", "dragan")), ("fake", fake, ("line", "fake", "both"))):
         if sample in users:
             checks.tensor(OP, argument, value)
             checks.floating(OP, argument, value)
@@ -160,7 +164,7 @@ def _check(critic: Any, real: Any, fake: Any, sided: Any, sample: Any, eps: Any)
                 checks.fail(ValueError, OP, argument, "have at least one dimension", "shape []")
     if eps is not None and sample != "line":
         checks.fail(ValueError, OP, "eps", 'be None unless sample is "line"', f"sample={sample!r}")
-    if sample == "line":
+    if sample in ("line", "both"):
         checks.shape(OP, "fake", fake, real.shape)
 
 
@@ -171,6 +175,8 @@ def _points(real: Any, fake: Any, sample: str, eps: Tensor | None, generator: to
     if sample == "dragan":
         noise = torch.rand(real.shape, dtype=real.dtype, device=real.device, generator=generator)
         return real + 0.5 * real.std(correction=0) * noise
+    if sample == "both":
+        return torch.cat([real, fake])
     return real if sample == "real" else fake
 
 

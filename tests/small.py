@@ -29,8 +29,21 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "matching": {"generator_loss": "matching"},
     "log-gradients": {"log_gradients": True},
     "historical-averaging": {"historical_averaging": 0.1},
+    "r1r2": {"penalty": "r1r2"},
+    "spectral-norm-g": {"spectral_norm_g": True},
+    "vae": {"reconstruction": 0.01, "kl": 0.1},
+    "vae-features": {"reconstruction": 0.01, "kl": 0.1, "reconstruct": "features"},
+    "most": {
+        "instance_noise": 0.3, "label_noise": 0.1, "real_label_range": (0.7, 1.2), "replay": 9, "feature_matching": 0.5,
+        "historical_averaging": 0.1, "reconstruction": 0.01, "kl": 0.1, "log_gradients": True, "spectral_norm_g": True,
+        "penalty": "r1r2", "optimizer_d": "sgd", "optimizer_g": "rmsprop", "clip_weights": 0.5, "clip_gradients": 2.0, "ttur": 2.0,
+    },
+    "most-unrolled": {
+        "unroll": 2, "label_noise": 0.1, "replay": 9, "feature_matching": 0.5, "reconstruction": 0.01, "penalty": "gp",
+        "optimizer_d": "rmsprop", "clip_weights": 0.5, "loss": "relativistic-average", "spectral_norm": True,
+    },
     "rmsprop": {"optimizer_d": "rmsprop", "optimizer_g": "rmsprop"},
-}
+}  # fmt: skip
 
 
 def config(preset: str, **changes: Any) -> TrainConfig:

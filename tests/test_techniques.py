@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gankern.training import TrainConfig, Trainer
+from gankern.training import TrainConfig, Trainer, checkpoint
 from gankern.training.graph import Eager
 from tests import small
 
@@ -39,8 +40,8 @@ PLAIN: dict[str, Any] = {"d_dropout": 0.0, "label_smoothing": 1.0, "ema": 0.0}
 
 @pytest.mark.parametrize("technique", small.TECHNIQUES)
 @pytest.mark.parametrize("preset", ["gan", "dcgan"])
-def test_resumed_steps_equal_uninterrupted_ones(technique: str, preset: str) -> None:
-    settings = small.config(preset, **small.TECHNIQUES[technique])
+def test_resumed_steps_equal_uninterrupted_ones(technique: str, preset: str, tmp_path: Path) -> None:
+    settings = small.config(preset, **{"d_norm": "none", **small.TECHNIQUES[technique]})
     whole, first, second = (small.trainer(settings) for _ in range(3))
     batches = [reals(settings, i) for i in range(4)]
     torch.manual_seed(1)
@@ -49,9 +50,9 @@ def test_resumed_steps_equal_uninterrupted_ones(technique: str, preset: str) -> 
     torch.manual_seed(1)
     for x in batches[:2]:
         first.step(x)
-    saved = small.state(first)
+    checkpoint.save(tmp_path / "saved", first.state_dict())
     torch.manual_seed(2)
-    second.load_state_dict(saved)
+    second.load_state_dict(checkpoint.load(tmp_path / "saved"))
     for x in batches[2:]:
         second.step(x)
     ends = whole.state_dict(), second.state_dict()
@@ -228,6 +229,88 @@ def test_norms_of_the_gradients_are_logged(capturable: bool) -> None:
     assert values == {name: out[name].item() for name in ("d_loss", "g_loss", "d_real", "d_fake", "g_grad_norm", "d_grad_norm")}
 
 
+# --- VAE-GAN
+
+
+@pytest.mark.parametrize("reconstruct", ["pixels", "features"])
+def test_vae_term_and_its_gradients(reconstruct: str) -> None:
+    changes: dict[str, Any] = {**PLAIN, "reconstruction": 0.3, "kl": 0.7, "reconstruct": reconstruct}
+    t = small.trainer(small.config("gan", **changes))
+    technique: Any = t.techniques["reconstruction"]
+    x, state = reals(t.config), t.rng.get_state()
+    fake = t.fake(len(x))
+    before = t.rng.get_state()
+    term = technique.term(fake, x)
+    t.rng.set_state(before)
+    mean, log_variance = technique.encoder(x)
+    s = (log_variance / 2).exp()
+    again = t.generator(mean + s * torch.randn(mean.shape, generator=t.rng))
+    a, b = (x, again) if reconstruct == "pixels" else (features(t.discriminator, x).detach(), features(t.discriminator, again))
+    law = torch.distributions.kl_divergence(torch.distributions.Normal(mean, s), torch.distributions.Normal(0.0, 1.0))
+    expected = 0.3 * (a - b).flatten(1).norm(dim=1).square().mean() + 0.7 * law.sum(1).mean()
+    torch.testing.assert_close(term, expected)
+    learners = [*t.generator.parameters(), *technique.encoder.parameters()]
+    for got, want in zip(torch.autograd.grad(term, learners), torch.autograd.grad(expected, learners), strict=True):
+        torch.testing.assert_close(got, want)
+    assert not any(p.grad is not None for p in t.discriminator.parameters())
+    t.rng.set_state(state)
+    old = [p.detach().clone() for p in technique.encoder.parameters()]
+    t.step(x)
+    assert not any(torch.equal(p, q) for p, q in zip(technique.encoder.parameters(), old, strict=True))
+
+
+def test_vae_learns_to_encode_what_the_generator_makes() -> None:
+    """On two points, far apart, the reconstruction alone brings the error down."""
+    t = small.trainer(small.config("gan", **PLAIN, reconstruction=1.0, kl=0.01, lr_g=5e-3, g_widths=(32,), batch_size=16))
+    x = torch.cat([torch.full((8, *small.shape(t.config)), 0.7), torch.full((8, *small.shape(t.config)), -0.7)])
+    errors = []
+    for _ in range(150):
+        t.step(x)
+        mean, _ = t.techniques["reconstruction"].models()["encoder"](x)
+        errors.append((t.generator(mean) - x).square().mean().item())
+    assert errors[-1] < 0.1 * errors[0]
+
+
+# --- the generator's spectral norm, and dropout where samples are drawn
+
+
+def test_spectral_norm_of_the_generator() -> None:
+    t = small.trainer(small.config("gan", spectral_norm_g=True, g_widths=(30, 20)))
+    for i in range(3):
+        t.step(reals(t.config, i))
+    linears = [m for m in t.generator.modules() if isinstance(m, nn.Linear)]
+    assert len(linears) == 3
+    for m in linears:
+        assert abs(torch.linalg.matrix_norm(m.weight.detach(), 2) - 1) < 0.05
+    assert not any(hasattr(m, "parametrizations") for m in t.discriminator.modules())
+
+
+@pytest.mark.parametrize("preset", ["gan", "gan-bn"])
+def test_dropout_in_drawn_samples(preset: str) -> None:
+    settings = small.config(preset, g_dropout=0.5, g_widths=(200,), ema=0.9)
+    plain, dropped = small.trainer(settings), small.trainer(dataclasses.replace(settings, sample_dropout=True))
+    for t in (plain, dropped):
+        torch.manual_seed(1)
+        t.step(reals(settings))
+    z = torch.randn(50, settings.z_dim)
+    assert torch.equal(plain.sample(z), plain.sample(z))
+    before = torch.get_rng_state()
+    first = dropped.sample(z)
+    assert torch.equal(torch.get_rng_state(), before)  # the training's draws do not depend on pictures
+    torch.rand(1)
+    assert not torch.equal(dropped.sample(z), first)
+    draws = []
+    for _ in range(200):
+        draws.append(dropped.sample(z))
+        torch.rand(1)
+    assert (torch.stack(draws).mean(0) - plain.sample(z)).abs().mean() < 0.02  # tanh is near linear here
+    assert dropped.generator.training
+    assert not dropped.ema.model.training  # type: ignore[union-attr]
+    norms = [m for m in dropped.ema.model.modules() if isinstance(m, nn.BatchNorm1d)]  # type: ignore[union-attr]
+    assert len(norms) == (preset == "gan-bn")
+    assert all(torch.equal(a, b) for a, b in zip(plain.generator.buffers(), dropped.generator.buffers(), strict=True))
+
+
 # --- refused
 
 
@@ -244,6 +327,11 @@ def test_norms_of_the_gradients_are_logged(capturable: bool) -> None:
         ({"loss": "ebgan", "feature_matching": 1.0}, "feature_matching must be left out with --loss ebgan"),
         ({"loss": "mmd", "generator_loss": "matching"}, "generator_loss must be left out with --loss mmd"),
         ({"arch": "cgan", "replay": 100}, "replay must be 0 with --arch cgan"),
+        ({"kl": 0.1}, "kl must be 0 without --reconstruction"),
+        ({"kl": 0.1, "reconstruction": 1.0, "latent": "uniform"}, "latent must be normal with --kl"),
+        ({"loss": "ebgan", "reconstruction": 1.0, "reconstruct": "features"}, "reconstruct must be pixels with --loss ebgan"),
+        ({"arch": "cgan", "reconstruction": 1.0}, "reconstruction must be 0 with --arch cgan"),
+        ({"loss": "mmd", "replay": 100}, "replay must be 0 with --loss mmd"),
         ({"replay": 31}, "replay must be >= 32, half of --batch-size"),
         ({"unroll": 1, "generator_loss": "matching"}, "unroll must be 0 with --generator-loss matching"),
         ({"unroll": 1, "historical_averaging": 0.1}, "unroll must be 0 with --historical-averaging"),

@@ -413,7 +413,7 @@ def as_double(t: Trainer) -> Trainer:
     return t
 
 
-@pytest.mark.parametrize("penalty", ["gp", "lp", "0gp", "r1", "r2"])
+@pytest.mark.parametrize("penalty", ["gp", "lp", "0gp", "r1", "r2", "r1r2"])
 def test_critic_steps_with_a_penalty_equal_the_textbook_loop(penalty: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(SMALL, loss="wgan", penalty=penalty, n_critic=3, penalty_weight=2.0)
     monkeypatch.setattr(Trainer, "noise", lambda self, n: torch.randn(n, 5, generator=self.rng).double())
@@ -434,13 +434,16 @@ def test_critic_steps_with_a_penalty_equal_the_textbook_loop(penalty: str, monke
             loss = plain_d(fake.detach()).mean() - plain_d(x).mean()
             if penalty in ("r1", "r2"):
                 at = x if penalty == "r1" else fake.detach()
+            elif penalty == "r1r2":
+                at = torch.cat([x, fake.detach()])  # the sum of two means, which is twice their mean
             else:
                 eps = torch.rand(6, generator=rng, dtype=torch.float64).view(6, 1, 1, 1)
                 at = eps * x + (1 - eps) * fake.detach()
             at.requires_grad_()
             (g,) = torch.autograd.grad(plain_d(at).sum(), at, create_graph=True)
             gap = g.flatten(1).norm(dim=1) - (1.0 if penalty in ("gp", "lp") else 0.0)
-            loss = loss + 2.0 * (gap.clamp_min(0) if penalty == "lp" else gap).square().mean()
+            weight = 4.0 if penalty == "r1r2" else 2.0
+            loss = loss + weight * (gap.clamp_min(0) if penalty == "lp" else gap).square().mean()
             opts[1].zero_grad()
             loss.backward()
             opts[1].step()

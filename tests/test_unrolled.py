@@ -91,6 +91,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gp": {"loss": "wgan", "penalty": "gp"},
     "r1": {"penalty": "r1"},
     "r2": {"penalty": "r2"},
+    "r1r2": {"penalty": "r1r2"},
     "dragan": {"penalty": "dragan"},
 }
 

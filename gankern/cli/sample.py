@@ -69,7 +69,9 @@ def command(arguments: list[str]) -> int:
         if run.classes:
             columns = min(run.classes, options.n) if options.label is None else None
             labels = [torch.arange(options.n) % run.classes if options.label is None else torch.full((options.n,), options.label)]
-        samples = generate(generator.to(device), *(t.to(device) for t in (z, *labels))).float().cpu()
+        torch.manual_seed(options.seed)  # of the dropout, where it stays
+        samples = generate(generator.to(device), *(t.to(device) for t in (z, *labels)), dropout=run.config.sample_dropout)
+        samples = samples.float().cpu()
         table = run.table or Table.plain(run.shape[0])
         if images and (out.is_dir() or kind == ""):
             out.mkdir(parents=True, exist_ok=True)

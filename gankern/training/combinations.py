@@ -13,7 +13,15 @@ if TYPE_CHECKING:
 OP = "train"
 _MLPS = ("mlp", "cgan", "autoencoder")  # --g-norm is of their generators
 _NO_NORM = ("unrolled-toy", "wgan-gp-toy")
-NO_CRITIC = {"penalty": "none", "n_critic": 1, "spectral_norm": False, "clip_weights": 0.0, "pack": 1}
+NO_CRITIC = {
+    "penalty": "none",
+    "n_critic": 1,
+    "spectral_norm": False,
+    "clip_weights": 0.0,
+    "pack": 1,
+    "minibatch_features": "none",
+    "replay": 0,
+}
 
 
 def check(c: TrainConfig) -> None:
@@ -67,8 +75,15 @@ def _check_techniques(c: TrainConfig) -> None:
         _refuse(field, f"be left out with --loss {c.loss}, whose critic gives no logits", getattr(c, field))
     if c.feature_matching and c.generator_loss == "matching":
         _refuse("feature_matching", "be 0 with --generator-loss matching, which is the same term alone", c.feature_matching)
-    if c.replay and c.arch in CONDITIONAL:
-        _refuse("replay", f"be 0 with --arch {c.arch}, whose fakes have classes", c.replay)
+    for field in ("replay", "reconstruction"):
+        if getattr(c, field) and c.arch in CONDITIONAL:
+            _refuse(field, f"be 0 with --arch {c.arch}, whose fakes have classes", getattr(c, field))
+    if c.kl and not c.reconstruction:
+        _refuse("kl", "be 0 without --reconstruction, which has the encoder", c.kl)
+    if c.kl and c.latent != "normal":
+        _refuse("latent", "be normal with --kl, the divergence from N(0, 1)", c.latent)
+    if c.reconstruction and c.reconstruct == "features" and c.objective not in OBJECTIVES:
+        _refuse("reconstruct", f"be pixels with --loss {c.loss}, whose critic gives no logits", c.reconstruct)
     if c.replay and c.replay < c.batch_size // 2:
         _refuse("replay", f"be >= {c.batch_size // 2}, half of --batch-size", c.replay)
     if c.unroll:

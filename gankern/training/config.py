@@ -131,12 +131,15 @@ class TrainConfig:
     """Probability that an image gets the target of the other kind, at each update of the discriminator. 0: off."""
     n_critic: int = 1
     """Updates of the discriminator a step, each with a batch of its own."""
-    penalty: Literal["none", "gp", "lp", "0gp", "dragan", "r1", "r2"] = "none"
-    """Penalty on the norm of the discriminator's input gradient: gp (WGAN-GP), lp (one-sided), 0gp, dragan, r1, r2."""
+    penalty: Literal["none", "gp", "lp", "0gp", "dragan", "r1", "r2", "r1r2"] = "none"
+    """Penalty on the norm of the discriminator's input gradient: gp (WGAN-GP), lp (one-sided), 0gp, dragan, r1, r2, or
+    r1r2 (both)."""
     penalty_weight: float = 10.0
-    """Weight of the penalty: lambda; for r1 and r2 gamma / 2."""
+    """Weight of the penalty: lambda; for r1, r2 and each of r1r2 gamma / 2."""
     spectral_norm: bool = False
     """Divide each weight of the discriminator by its largest singular value (SN-GAN)."""
+    spectral_norm_g: bool = False
+    """The same for the generator (SAGAN)."""
     clip_weights: float = 0.0
     """Clip the discriminator's weights to [-c, c] after each of its updates; 0.01 is that of WGAN. 0: off."""
     clip_gradients: float = 0.0
@@ -148,6 +151,12 @@ class TrainConfig:
     """Weight of the distance of the discriminator's mean features in the generator's loss. 0: off."""
     historical_averaging: float = 0.0
     """Weight of each network's squared distance from the mean of its past parameters. 0: off."""
+    reconstruction: float = 0.0
+    """VAE-GAN: weight of the squared error of real images after an encoder and the generator, in the generator's loss. 0: off."""
+    reconstruct: Literal["pixels", "features"] = "pixels"
+    """Of what that error is: the image, or what the discriminator's last layer takes."""
+    kl: float = 0.0
+    """VAE-GAN: weight of the Kullback-Leibler divergence of the encoder's latent law from N(0, 1)."""
     unroll: int = 0
     """Updates of the discriminator through which the generator's gradient goes (unrolled GAN); 5 to 10 are usual. 0: off."""
     instance_noise: float = 0.0
@@ -202,6 +211,8 @@ class TrainConfig:
     """Normalisation in the generator: none, or BatchNorm before each activation."""
     g_dropout: float = 0.0
     """Dropout in the generator's hidden layers."""
+    sample_dropout: bool = False
+    """Keep the generator's dropout when samples are drawn, in pictures and by gankern sample."""
     d_widths: tuple[int, ...] = (1024, 512, 256)
     """Hidden layers of the discriminator, from the image to the score."""
     d_dropout: float = 0.0
@@ -249,6 +260,8 @@ class TrainConfig:
             "momentum",
             "unroll",
             "replay",
+            "reconstruction",
+            "kl",
             "feature_matching",
             "historical_averaging",
             "penalty_weight",

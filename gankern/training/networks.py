@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -44,7 +44,16 @@ def networks(config: TrainConfig, shape: Shape, classes: int = 0, fused: bool = 
         generator = VirtualBatchNorm(generator, models.sample_latent(n, config.z_dim, config.latent), *labels)
     if fused:
         generator, discriminator = fuse(generator), fuse(discriminator)
+    if config.spectral_norm_g:
+        spectral_norm_(generator)
     return generator, spectral_norm_(discriminator) if config.spectral_norm else discriminator
+
+
+def encoder(config: TrainConfig, shape: Sequence[int]) -> nn.Module:
+    """Samples of `shape` -> (mean, log variance) of z: the generator's mirror image, of convolutions where it has them."""
+    if config.arch in IMAGES:
+        return models.ConvEncoder(shape, config.z_dim, config.conv_width, config.downsample, negative_slope=config.negative_slope)
+    return models.MLPEncoder(shape, config.z_dim, config.g_widths[::-1], config.negative_slope)
 
 
 def _mlp(config: TrainConfig, shape: Shape, classes: int) -> Networks:

@@ -91,7 +91,8 @@ PRESETS = {
         "Arjovsky et al. 2017",
         "-d_loss falls slowly as the samples improve",
         TrainConfig(
-            arch="dcgan", loss="wgan", clip_weights=0.01, n_critic=5, lr_g=5e-5, lr_d=5e-5, ema=0.999
+            arch="dcgan", loss="wgan", clip_weights=0.01, n_critic=5, optimizer_d="rmsprop", optimizer_g="rmsprop", lr_g=5e-5,
+            lr_d=5e-5, ema=0.999,
         ),
     ),
     "wgan-gp": Preset(
@@ -151,7 +152,7 @@ PRESETS = {
         "relativistic pairs with R1 and R2, plain convolutions without normalisation",
         "Huang et al. 2024",
         "all digits; stable for as long as it runs",
-        TrainConfig(**{**_DCGAN, "d_norm": "none"}, loss="relativistic", penalty="r1", penalty_weight=0.5, beta1=0.0, beta2=0.99),
+        TrainConfig(**{**_DCGAN, "d_norm": "none"}, loss="relativistic", penalty="r1r2", penalty_weight=0.5, beta1=0.0, beta2=0.99),
     ),
     "ring": Preset(
         "eight Gaussians on a ring, pairs of samples judged together",

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from gankern import checks
 from gankern.models import sample_latent
+from gankern.nn import LinearLeakyReLU
 from gankern.training import critics, precision, techniques
 from gankern.training.config import TrainConfig
 from gankern.training.critics import Loss
@@ -162,8 +164,13 @@ class Trainer:
         return precision.autocast(self.config.precision, self.device)
 
     def sample(self, z: Tensor, *labels: Tensor) -> Tensor:
-        """G(z) in evaluation mode and float32, of the EMA weights if there are any; z is [N, z_dim] (labels [N]) on any device."""
-        return generate(self.generator if self.ema is None else self.ema.model, *(t.to(self.device) for t in (z, *labels)))
+        """G(z) in evaluation mode and float32, of the EMA weights if there are any; z is [N, z_dim] (labels [N]) on any device.
+
+        With config.sample_dropout its dropout draws from PyTorch's default generator, which is put back.
+        """
+        generator = self.generator if self.ema is None else self.ema.model
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else [], self.config.sample_dropout):
+            return generate(generator, *(t.to(self.device) for t in (z, *labels)), dropout=self.config.sample_dropout)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs: a flat dict of tensors and ints."""
@@ -262,10 +269,11 @@ def clip_(parameters: list[Tensor], limit: float) -> None:
 
 
 @torch.no_grad()
-def generate(generator: nn.Module, z: Tensor, *labels: Tensor, chunk: int = 512) -> Tensor:
-    """G(z) or G(z, labels) in evaluation mode, in chunks; the mode is put back."""
+def generate(generator: nn.Module, z: Tensor, *labels: Tensor, chunk: int = 512, dropout: bool = False) -> Tensor:
+    """G(z) or G(z, labels) in evaluation mode, in chunks; the mode is put back. `dropout`: that stays as in training."""
     training = generator.training
-    generator.eval()
+    for m in generator.modules():
+        m.training = dropout and isinstance(m, (_DropoutNd, LinearLeakyReLU))
     try:
         return torch.cat([generator(*parts) for parts in zip(*(t.split(chunk) for t in (z, *labels)), strict=True)])
     finally:

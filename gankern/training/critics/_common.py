@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gankern.nn.minibatch import MinibatchDiscrimination, MinibatchDistance, MinibatchStdDev
 
 # layers in which the samples of a batch see each other
-_MIXING = (_BatchNorm, MinibatchDiscrimination, MinibatchDistance, MinibatchStdDev)
+MINIBATCH = (MinibatchDiscrimination, MinibatchDistance, MinibatchStdDev)
+_MIXING = (_BatchNorm, *MINIBATCH)
 
 # The settings of gankern.gradient_penalty for each name of --penalty.
 PENALTIES: dict[str, dict[str, Any]] = {
@@ -24,6 +25,7 @@ PENALTIES: dict[str, dict[str, Any]] = {
     "dragan": {"sample": "dragan", "target": 1.0},
     "r1": {"sample": "real", "target": 0.0},
     "r2": {"sample": "fake", "target": 0.0},
+    "r1r2": {"sample": "both", "target": 0.0},
 }
 
 

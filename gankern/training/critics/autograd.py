@@ -40,8 +40,9 @@ class Autograd(Critic):
         if not self.penalty:
             return out
         eps = draw_eps(real, self.rng) if self.penalty["sample"] == "line" else None
+        cond = tuple(torch.cat([c, c]) for c in labels) if self.penalty["sample"] == "both" else labels
         penalty = gradient_penalty(
-            net, real, fake, cond=labels or None, eps=eps, generator=self.rng, attached=fake.requires_grad, **self.penalty
+            net, real, fake, cond=cond or None, eps=eps, generator=self.rng, attached=fake.requires_grad, **self.penalty
         )
         return WithTerm(out, penalty)
 

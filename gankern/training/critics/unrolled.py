@@ -30,7 +30,7 @@ class Unrolled(Critic):
         steps: K >= 1.
         clip: limit of the weights after an update (`clip_weights`), 0: none.
 
-    Source: Metz, Poole, Pfau, Sohl-Dickstein, "Unrolled generative adversarial networks", ICLR 2017, section 2.2 and the authors'
+    Source: Metz, Poole, Pfau, Sohl-Dickstein, "Unrolled generative adversarial networks", ICLR 2017, section 2 and the authors'
     notebook, where the K updates see the samples of the step too.
     """
 

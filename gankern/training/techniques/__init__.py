@@ -11,12 +11,14 @@ from gankern.training.techniques.instance_noise import InstanceNoise
 from gankern.training.techniques.labels import Labels
 from gankern.training.techniques.log_gradients import LogGradients
 from gankern.training.techniques.replay import Replay
+from gankern.training.techniques.vae import VAE
 
 if TYPE_CHECKING:
     from gankern.training.trainer import Trainer
 
 __all__ = [
     "TECHNIQUES",
+    "VAE",
     "FeatureMatching",
     "HistoricalAveraging",
     "InstanceNoise",
@@ -35,6 +37,7 @@ TECHNIQUES: dict[str, type[Technique]] = {
     "label_noise": Labels,
     "replay": Replay,
     "feature_matching": FeatureMatching,
+    "reconstruction": VAE,
     "historical_averaging": HistoricalAveraging,
     "log_gradients": LogGradients,  # the last one: what the others add to the gradients is in the norms
 }
