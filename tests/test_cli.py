@@ -176,6 +176,7 @@ def test_dry_run_tells_all_and_writes_nothing(images: Path, tmp_path: Path, caps
     assert "discriminator, 881 parameters" in text  # 108 * 8 + 8 + 8 + 1
     assert "100 images [3, 6, 6]" in text
     assert "device    cpu" in text
+    assert "at equilibrium (see gankern explain non-saturating)\n  d_loss         1.376\n" in text
     for op in ("linear_lrelu", "gan_loss"):
         assert any(line.split()[0] == op and line.split()[1] in backend.NAMES for line in text.splitlines() if line.strip())
 

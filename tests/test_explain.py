@@ -159,6 +159,12 @@ ROW = {"d_loss": 1.31, "g_loss": 0.7512, "d_real": 0.6, "d_fake": 0.4}
             ["D(x)", "D(G(z))"],
         ),
         (
+            {"arch": "acgan"},
+            "d_loss 1.310 (1.386 = 2 log 2 plus the classes' cross entropy when the critic cannot tell), "
+            "g_loss 0.751 (0.6931 = log 2 plus the classes' cross entropy)",
+            ["D(x)", "D(G(z))"],
+        ),
+        (
             {"loss": "ebgan", "margin": 2.0},
             "d_loss 1.310 (2 = the margin when the critic cannot tell), g_loss 0.751 (the energy, plus the pulling-away term)",
             ["E(x)", "E(G(z))"],

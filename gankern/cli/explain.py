@@ -70,12 +70,15 @@ class Reader:
             self.values = dict.fromkeys(self.values, Value(None, "no fixed value: the labels are drawn"))
         if config.generator_loss == "matching":
             self.values["g_loss"] = Value(0.0, "features of the same mean")
-        more = {"the penalty": config.penalty != "none", "the classes' cross entropy": "acgan" in config.arch}
-        self.besides = "".join(f" plus {words}" for words, has in more.items() if has)
+        classes = " plus the classes' cross entropy" if "acgan" in config.arch else ""
+        self.besides = {"d_loss": " plus the penalty" * (config.penalty != "none") + classes, "g_loss": classes}
 
     def equilibrium(self) -> list[tuple[str, str]]:
         """(name, value in words) of each column."""
-        return [(name, f"{value}{self.besides if name == 'd_loss' else ''}") for name, value in self.values.items()]
+        return [
+            (name, str(value) if value.number is None else f"{value}{self.besides.get(name, '')}")
+            for name, value in self.values.items()
+        ]
 
     def losses(self, row: dict[str, float]) -> str:
         """'d_loss 1.310 (1.386 = 2 log 2 when the critic cannot tell), g_loss 0.751 (0.6931 = log 2)'."""

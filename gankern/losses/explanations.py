@@ -232,7 +232,7 @@ EXPLANATIONS: dict[str, Explanation] = {
         'Li, Swersky, Zemel, "Generative moment matching networks", ICML 2015, eq. 3',
         "g_loss >= 0; it starts below 2 K for K widths. With no critic, d_loss, d_real and d_fake are 0.",
         Value(0.0),
-        Value(None, "close to 0: (2 / B) (K - mean k), for K widths and a batch of B, as its estimate is biased"),
+        Value(None, "close to 0: (2 / B) (K - mean k), or its root, for K widths and a batch of B, as the estimate is biased"),
         Value(0.0), Value(0.0),
         ("g_loss hardly moves: no width fits the distances of the data. --mmd-bandwidths around the median distance, --mmd-root.",
          "Blurred or repeated pictures: the batch is too small to show the law. --batch-size 1000; or learned features: "
@@ -247,7 +247,7 @@ EXPLANATIONS: dict[str, Explanation] = {
         "g_loss >= 0; d_loss = -g_loss but for the reconstruction and the penalty. W is the witness function, mean k(f(x), .) - "
         "mean k(f(G(z)), .); W(x) - W(G(z)) = MMD².",
         Value(None, "-g_loss, plus reconstruction and penalty"),
-        Value(None, "close to 0: (2 / B) (K - mean k), for K widths and a batch of B, as its estimate is biased"),
+        Value(None, "close to 0: (2 / B) (K - mean k), for K widths and a batch of B, as the estimate is biased"),
         Value(None, "close to 0, half of g_loss"), Value(None, "close to 0, minus half of g_loss"),
         ("g_loss near 2 K: the features are further apart than the largest width. --penalty gp, or less of --clip-weights.",
          "g_loss near 0 from the start: the features do not move. --lr-d, --n-critic 5, other --mmd-bandwidths.",
