@@ -173,9 +173,9 @@ def test_sixteen_bits_are_summed_in_float32(loss: str) -> None:
 def test_settings_that_do_not_go_together() -> None:
     for changes, sentence in (
         ({"loss": "ebgan", "penalty": "gp"}, "penalty must be none with --loss ebgan, whose critic gives energies .*, got gp"),
-        ({"loss": "began", "real_label": 0.9}, "real_label must be 1 with --loss began, which has no targets, got 0.9"),
+        ({"loss": "began", "label_smoothing": 0.9}, "label_smoothing must be 1 with --loss began, which has no targets, got 0.9"),
         ({"loss": "hinge", "fake_label": 0.1}, "fake_label must be 0 with --loss hinge, which has no targets, got 0.1"),
-        ({"loss": "fgan-kl", "real_label": 0.9}, "real_label must be 1 with --loss fgan-kl, which has no targets, got 0.9"),
+        ({"loss": "fgan-kl", "label_smoothing": 0.9}, "label_smoothing must be 1 with --loss fgan-kl, which has no targets, got 0.9"),
         ({"loss": "ebgan", "generator_loss": "saturating"}, "generator_loss must be default with --loss ebgan, got 'saturating'"),
         ({"loss": "ebgan", "margin": -1.0}, "margin must be a finite number >= 0, got -1.0"),
         ({"loss": "began", "began_gamma": 1.5}, r"began_gamma must be in \[0, 1\], got 1.5"),
@@ -183,7 +183,7 @@ def test_settings_that_do_not_go_together() -> None:
         with pytest.raises(ValueError, match=f"train: {sentence}"):
             TrainConfig(**changes)
     for loss in ("lsgan", "minimax", "relativistic", "relativistic-average-lsgan", "fgan-gan"):
-        assert TrainConfig(loss=loss, real_label=0.9).real_label == 0.9
+        assert TrainConfig(loss=loss, label_smoothing=0.9).label_smoothing == 0.9
 
 
 def test_networks_that_do_not_fit_are_refused() -> None:

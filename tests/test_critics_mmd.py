@@ -248,7 +248,7 @@ def test_the_classifier_goes_with_any_objective(loss: str, penalty: str) -> None
 def test_the_generator_learns_the_classes() -> None:
     """Data: one image a class. Told a class, the generator makes something like its image."""
     torch.manual_seed(0)
-    settings = TrainConfig(batch_size=24, z_dim=3, lr_g=2e-3, lr_d=2e-3, real_label=0.9)
+    settings = TrainConfig(batch_size=24, z_dim=3, lr_g=2e-3, lr_d=2e-3, label_smoothing=0.9)
     t = Trainer(CGANGenerator(3, CLASSES, (16,), SHAPE), classifier(torch.float32), settings)
     kinds, labels = images(CLASSES, 5, torch.float32), torch.arange(24) % CLASSES
     for i in range(300):
@@ -267,7 +267,7 @@ def test_settings_that_do_not_go_together() -> None:
         ({"n_critic": 5}, "n_critic must be 1 with --loss mmd, which has no critic, got 5"),
         ({"spectral_norm": True}, "spectral_norm must be False with --loss mmd, which has no critic, got True"),
         ({"clip_weights": 0.1}, "clip_weights must be 0.0 with --loss mmd, which has no critic, got 0.1"),
-        ({"real_label": 0.9}, "real_label must be 1 with --loss mmd, which has no targets, got 0.9"),
+        ({"label_smoothing": 0.9}, "label_smoothing must be 1 with --loss mmd, which has no targets, got 0.9"),
         ({"mmd_bandwidths": (1.0, 0.0)}, r"mmd_bandwidths must be 1 to 16 numbers > 0, got \(1.0, 0.0\)"),
         ({"mmd_bandwidths": ()}, r"mmd_bandwidths must be 1 to 16 numbers > 0, got \(\)"),
         ({"loss": "mmd-gan"}, "loss must have a bounded critic: --penalty, --spectral-norm or --clip-weights, got mmd-gan alone"),

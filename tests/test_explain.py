@@ -145,7 +145,7 @@ ROW = {"d_loss": 1.31, "g_loss": 0.7512, "d_real": 0.6, "d_fake": 0.4}
     ("settings", "losses", "scores"),
     [
         ({}, "d_loss 1.310 (1.386 = 2 log 2 when the critic cannot tell), g_loss 0.751 (0.6931 = log 2)", ["D(x)", "D(G(z))"]),
-        ({"real_label": 0.9}, "d_loss 1.310 (1.376 when the critic cannot tell), g_loss 0.751 (0.7985)", ["D(x)", "D(G(z))"]),
+        ({"label_smoothing": 0.9}, "d_loss 1.310 (1.376 when the critic cannot tell), g_loss 0.751 (0.7985)", ["D(x)", "D(G(z))"]),
         (
             {"loss": "wgan", "penalty": "gp"},
             "d_loss 1.310 (0 plus the penalty when the critic cannot tell), "
