@@ -6,11 +6,13 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gankern.data import Batches, Dataset
 from gankern.training import PRESETS, TrainConfig, Trainer
+from gankern.training.critics import Critic, choose
 from gankern.training.networks import CONDITIONAL, IMAGES
+from gankern.training.optimizers import make
 
 CLASSES = 3
 WIDTHS: dict[str, Any] = {"z_dim": 5, "g_widths": (8, 10), "d_widths": (9, 7), "conv_width": 4}
@@ -70,6 +72,12 @@ def images(settings: TrainConfig, count: int = 200) -> Dataset:
 def trainer(settings: TrainConfig, device: torch.device | str = "cpu", **options: Any) -> Trainer:
     torch.manual_seed(settings.seed)
     return Trainer(*PRESETS["gan"].build(settings, shape(settings), classes(settings)), settings, device, **options)
+
+
+def ask(net: nn.Module, settings: TrainConfig, rng: torch.Generator | None = None, one_pass: bool | None = None) -> Critic:
+    """The way to ask this critic, as a trainer chooses it."""
+    optimizer = make(settings.optimizer_d, net.parameters(), settings.rate_d, settings)
+    return choose(net, settings, rng or torch.Generator(), optimizer, one_pass)
 
 
 def batches(settings: TrainConfig, device: torch.device | str = "cpu") -> Batches:

@@ -14,11 +14,13 @@ from gankern import models
 from gankern.nn import VirtualBatchNorm
 from gankern.training import TrainConfig
 from gankern.training.critics import Autograd
+from gankern.training.critics.matching import Features
 from gankern.training.networks import CONDITIONAL, networks
 from tests import small
 from tests.test_graph import differences, pair, run
 from tests.test_step_capturable import walk
 
+pytestmark = pytest.mark.usefixtures("steady")
 ARCHS = typing.get_args(typing.get_type_hints(TrainConfig)["arch"])
 # Of the reference batch of --virtual-batch-norm, and of the whole batch in the critic; in networks of several kinds.
 LAYERS: dict[str, Any] = {"virtual_batch_norm": True, "minibatch_features": "discrimination", "d_norm": "none", "n_critic": 2}
@@ -93,6 +95,15 @@ def test_minibatch_features_keep_real_and_fake_apart(arch: str, kind: str) -> No
     losses = t.step(torch.randn(6, *small.shape(t.config)), *labels)
     assert all(value.isfinite() for value in losses.values())
     assert all(p.grad is not None for p in t.discriminator.parameters())
+
+
+def test_feature_matching_leaves_out_minibatch_features() -> None:
+    """Its features are those of the samples: of one alone they are the same."""
+    _, critic = networks(settings("dcgan", minibatch_features="discrimination"), (1, 8, 8))
+    x = torch.randn(4, 1, 8, 8)
+    features, _ = Features(critic).of(x)
+    assert features.shape == (4, [m for m in critic.modules() if isinstance(m, nn.Linear)][-1].in_features - 100)
+    torch.testing.assert_close(Features(critic).of(x[:1])[0], features[:1])
 
 
 @pytest.mark.parametrize("arch", ["cdcgan", "resnet"])

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gankern.models import ACGANDiscriminator, CGANGenerator, MLPAutoencoder, MLPDiscriminator, MLPGenerator
 from gankern.training import TrainConfig, Trainer
-from gankern.training.critics import MMD, MMDGAN, Auxiliary, choose
+from gankern.training.critics import MMD, MMDGAN, Auxiliary
+from tests.small import ask
 
 pytestmark = pytest.mark.usefixtures("steady")
 
@@ -53,7 +54,7 @@ def gradients(net: nn.Module, loss: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("root", [False, True])
 def test_mmd_is_the_papers(root: bool) -> None:
     real, fake = images(5), images(5, 1).requires_grad_()
-    critic = choose(nn.Linear(1, 1), config("mmd", mmd_root=root), torch.Generator())
+    critic = ask(nn.Linear(1, 1), config("mmd", mmd_root=root))
     assert type(critic) is MMD
     want = mmd2(real, fake)
     want = want.sqrt() if root else want
@@ -64,7 +65,7 @@ def test_mmd_is_the_papers(root: bool) -> None:
 
 def test_the_root_of_nothing_has_no_infinite_slope() -> None:
     fake = images(5).requires_grad_()
-    out = choose(nn.Linear(1, 1), config("mmd", mmd_root=True), torch.Generator()).generator(fake, fake.detach())
+    out = ask(nn.Linear(1, 1), config("mmd", mmd_root=True)).generator(fake, fake.detach())
     out.backward()
     assert fake.grad is not None
     assert fake.grad.isfinite().all()
@@ -119,7 +120,7 @@ def scores() -> nn.Module:
 def test_mmd_gan_is_the_papers(make: Any, one_pass: bool) -> None:
     net, real, fake = make(), images(5), (2 * images(5, 1)).requires_grad_()
     settings = config("mmd-gan", clip_weights=0.1, mmd_reconstruction=4.0)
-    critic = choose(net, settings, torch.Generator(), one_pass)
+    critic = ask(net, settings, one_pass=one_pass)
     assert type(critic) is MMDGAN
 
     def features(x: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ def test_mmd_gan_is_the_papers(make: Any, one_pass: bool) -> None:
 def test_the_penalty_is_that_of_the_witness_function(penalty: str) -> None:
     net, real, fake = autoencoder(), images(5), 2 * images(5, 1)
     settings = config("mmd-gan", penalty=penalty, penalty_weight=3.0, mmd_reconstruction=0.0)
-    out = choose(net, settings, torch.Generator().manual_seed(7)).discriminator(real, fake)
+    out = ask(net, settings, torch.Generator().manual_seed(7)).discriminator(real, fake)
     eps = torch.rand(5, generator=torch.Generator().manual_seed(7), dtype=torch.float64)[:, None, None, None]
     points = (eps * real + (1 - eps) * fake if penalty == "gp" else real.clone()).requires_grad_()
     norms = []
@@ -213,7 +214,7 @@ def entropy(logits: Tensor, labels: Tensor) -> Tensor:
 @pytest.mark.parametrize("one_pass", [True, False])
 def test_acgan_is_the_papers(one_pass: bool) -> None:
     net, real, fake, labels = classifier(), images(5), images(5, 1).requires_grad_(), torch.arange(5) % CLASSES
-    critic = choose(net, config("non-saturating", class_weight=0.7), torch.Generator(), one_pass)
+    critic = ask(net, config("non-saturating", class_weight=0.7), one_pass=one_pass)
     assert isinstance(critic, Auxiliary)
     (r, of_real), (f, of_fake) = net(real), net(fake)
     want = sp(-r).mean() + sp(f).mean() + 0.7 * (entropy(of_real, labels) + entropy(of_fake, labels))
@@ -234,13 +235,17 @@ def test_acgan_is_the_papers(one_pass: bool) -> None:
 def test_the_classifier_goes_with_any_objective(loss: str, penalty: str) -> None:
     net, real, fake, labels = classifier(), images(5), images(5, 1), torch.arange(5) % CLASSES
     settings = config(loss, penalty=penalty, penalty_weight=2.0, class_weight=0.5)
-    out = choose(net, settings, torch.Generator().manual_seed(7)).discriminator(real, fake, labels)
+    out = ask(net, settings, torch.Generator().manual_seed(7)).discriminator(real, fake, labels)
 
     class Logits(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return net(x)[0]
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = net
 
-    plain = choose(Logits(), settings, torch.Generator().manual_seed(7)).discriminator(real, fake)
+        def forward(self, x: Tensor) -> Tensor:
+            return self.both(x)[0]
+
+    plain = ask(Logits(), settings, torch.Generator().manual_seed(7)).discriminator(real, fake)
     more = 0.5 * sum(entropy(net(x)[1], labels) for x in (real, fake))
     torch.testing.assert_close(out.loss, plain.loss + more, rtol=1e-9, atol=0)
 
@@ -278,4 +283,4 @@ def test_settings_that_do_not_go_together() -> None:
         TrainConfig(mmd_bandwidths="wide")  # type: ignore[arg-type]
     assert TrainConfig.from_json(config("mmd").to_json() | {"mmd_bandwidths": [1.0, 2]}).mmd_bandwidths == (1.0, 2.0)
     with pytest.raises(ValueError, match="train: arch must be unconditional with --loss mmd, which does not see classes, got cgan"):
-        choose(nn.Linear(1, 1), config("mmd", arch="cgan"), torch.Generator())
+        ask(nn.Linear(1, 1), config("mmd", arch="cgan"))

@@ -153,6 +153,12 @@ ROW = {"d_loss": 1.31, "g_loss": 0.7512, "d_real": 0.6, "d_fake": 0.4}
             ["D(x)", "D(G(z))"],
         ),
         (
+            {"label_noise": 0.1, "generator_loss": "matching"},
+            "d_loss 1.310 (no fixed value: the labels are drawn), "
+            "g_loss 0.751 (0 = features of the same mean)",
+            ["D(x)", "D(G(z))"],
+        ),
+        (
             {"loss": "ebgan", "margin": 2.0},
             "d_loss 1.310 (2 = the margin when the critic cannot tell), g_loss 0.751 (the energy, plus the pulling-away term)",
             ["E(x)", "E(G(z))"],

@@ -25,7 +25,7 @@ from gankern.models import (
     sample_latent,
 )
 from gankern.nn import BatchNormLeakyReLU1d, VirtualBatchNorm
-from gankern.training.critic import Autograd
+from gankern.training.critics import Autograd
 from tests.networks import assert_fused_matches, assert_penalty_matches, assert_trains, leaves, made, on_parameters
 from tests.support import DEVICE, assert_matches, derivatives, randn
 

@@ -236,16 +236,25 @@ def test_surface_of_a_critic_of_packs_is_the_mean_over_packs_of_other_points() -
     assert ask(Bowl(5), points, others) is None
 
 
-@pytest.mark.parametrize("outputs", ["two a point", "a reconstruction", "a pair", "not finite"])
+@pytest.mark.parametrize("outputs", ["three a point", "a pair", "not finite", "mixed"])
 def test_critics_without_a_surface(outputs: str) -> None:
     class Other(nn.Linear):
         def forward(self, x: Tensor) -> Any:
             y = super().forward(x)
-            if outputs == "not finite":
-                return y[:, 0] / 0.0
-            return (y, y) if outputs == "a pair" else y if outputs == "a reconstruction" else y.flatten()
+            if outputs == "three a point":
+                return y
+            if outputs == "mixed":  # as minibatch features are
+                return y[:, 0] - x.mean()
+            return (y[:, 0], y) if outputs == "a pair" else y[:, 0] / 0.0
 
-    assert ask(Other(2, 2), torch.zeros(5, 2), torch.zeros(0, 2)) is None
+    assert ask(Other(2, 3), torch.randn(6, 2), torch.zeros(0, 2)) is None
+
+
+def test_score_of_an_auto_encoder_is_minus_its_error() -> None:
+    points, critic = torch.randn(6, 2), nn.Linear(2, 2)
+    surface = ask(critic, points, torch.zeros(0, 2))
+    assert surface is not None
+    torch.testing.assert_close(surface.score, -(critic(points) - points).square().mean(1).detach())
 
 
 def pixel(plane: Plane, x: float, y: float) -> tuple[int, int]:
@@ -284,11 +293,11 @@ def test_plane_shows_data_samples_and_the_critic_where_they_are() -> None:
 
 def test_limits_of_a_run_are_those_of_its_data() -> None:
     """Samples far away move nothing; a set that is no square gets one."""
-    points = torch.rand(1000, 2) * torch.tensor([4.0, 1.0])
+    points = torch.tensor([[0.0, 0.0], [4.0, 1.0], [1.0, 0.5]]).repeat(20, 1)
     plane = Plane(Dataset(points))
-    assert torch.allclose(plane.high - plane.low, torch.tensor(1.4 * 4.0), atol=0.1)
-    assert torch.allclose((plane.high + plane.low) / 2, torch.tensor([2.0, 0.5]), atol=0.05)
-    at = pixel(plane, *points[0].tolist())
+    assert torch.allclose(plane.high - plane.low, torch.tensor(1.4 * 4.0))
+    assert torch.allclose((plane.high + plane.low) / 2, torch.tensor([2.0, 0.5]))
+    at = pixel(plane, 1.0, 0.5)
     assert near(plane.fakes(torch.tensor([[1e6, -1e6], [float("nan"), 0.0]]), 1), at, pictures.DATA)
     lattice = plane.lattice(COARSE)
     assert torch.equal(lattice[0], plane.low)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import textwrap
 
 from gankern.cli.common import Parser, Refused
-from gankern.losses.explanations import EXPLANATIONS, Explanation, expected
+from gankern.losses.explanations import EXPLANATIONS, Explanation, Value, expected
 from gankern.training.config import TrainConfig
 
 WIDTH = 110
-EQUAL = "when the critic cannot tell"
 
 
 def command(arguments: list[str]) -> int:
@@ -67,6 +66,10 @@ class Reader:
     def __init__(self, config: TrainConfig) -> None:
         self.names = EXPLANATIONS[config.objective].scores
         self.values = expected(config.objective, config.label_smoothing, config.fake_label, config.margin)
+        if config.real_label_range or config.fake_label_range or config.label_noise:
+            self.values = dict.fromkeys(self.values, Value(None, "no fixed value: the labels are drawn"))
+        if config.generator_loss == "matching":
+            self.values["g_loss"] = Value(0.0, "features of the same mean")
         more = {"the penalty": config.penalty != "none", "the classes' cross entropy": "acgan" in config.arch}
         self.besides = "".join(f" plus {words}" for words, has in more.items() if has)
 
@@ -81,7 +84,8 @@ class Reader:
             if name == "d_loss":
                 if not self.names:
                     continue  # there is no critic
-                explained += f" {EQUAL}"
+                if self.values[name].number is not None:
+                    explained += " when the critic cannot tell"
             parts.append(f"{name} {row[name]:.3f} ({explained})")
         return ", ".join(parts)
 

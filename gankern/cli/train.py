@@ -373,7 +373,7 @@ class Reporter:
                 self.run.log({"step": step, **row}, MODES)
                 for key, value in row.items():
                     self.board.add_scalar(f"modes/{key}", value, step)
-            critic = None if self.labels else self.trainer.discriminator
+            critic = self.trainer.discriminator if self.trainer.critic.learns and not self.labels else None
             self._picture("fakes", name, self.view.fakes(samples, step, critic, coverage))
 
     def _picture(self, tag: str, name: str, picture: Tensor) -> None:

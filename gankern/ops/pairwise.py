@@ -51,7 +51,7 @@ def reference_features(m: Tensor) -> Tensor:
 def reference_mmd2(real: Tensor, fake: Tensor, sigmas: Sequence[float] = SIGMAS, unbiased: bool = False) -> Tensor:
     """`mmd2` in plain PyTorch."""
     xx, yy, xy = _means(real, fake, sigmas, unbiased, "reference")
-    return (xx + yy - 2 * xy).to(torch.promote_types(real.dtype, torch.float32))
+    return (xx + yy - 2 * xy).to(_accumulation(real.dtype))
 
 
 def _similarities(a: Tensor, b: Tensor | None, gammas: Sequence[float], slope: bool = False) -> Tensor:
@@ -162,7 +162,7 @@ def mmd2(real: Tensor, fake: Tensor, sigmas: Sequence[float] = SIGMAS, unbiased:
     Source: Gretton et al., "A kernel two-sample test", JMLR 2012, eq. 3 and 5; Li et al., "MMD GAN", NeurIPS 2017 (the widths).
     """
     xx, yy, xy = _checked_means("mmd2", real, fake, sigmas, unbiased)
-    return (xx + yy - 2 * xy).to(torch.promote_types(real.dtype, torch.float32))
+    return (xx + yy - 2 * xy).to(_accumulation(real.dtype))
 
 
 def kernel_means(
@@ -286,8 +286,12 @@ def _check_samples(op: str, argument: str, value: Any, least: int) -> None:
         checks.fail(ValueError, op, argument, wanted, f"shape {list(value.shape)}")
 
 
+def _accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize == 2 else dtype
+
+
 def _upcast(t: Tensor) -> Tensor:
-    return t.float() if t.dtype.itemsize == 2 else t
+    return t.to(_accumulation(t.dtype))
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -302,7 +306,8 @@ def _diagonal(t: Tensor) -> Tensor:
 
 def _no_autocast(t: Tensor) -> AbstractContextManager:
     kind = t.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device has none
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def _kernels(name: str) -> ModuleType | Any:

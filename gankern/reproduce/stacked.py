@@ -88,7 +88,7 @@ STACKED_MNIST_TINY = Table(
 )
 
 _R3GAN = TrainConfig(
-    data="stacked-mnist", arch="dcgan", conv_width=32, batch_size=64, loss="relativistic", penalty="r1", penalty_weight=0.5,
+    data="stacked-mnist", arch="dcgan", conv_width=32, batch_size=64, loss="relativistic", penalty="r1r2", penalty_weight=0.5,
     beta1=0.0, beta2=0.99, lr_g=2e-4, lr_d=2e-4, steps=4_000,
 )  # fmt: skip
 R3GAN = Table(

@@ -13,7 +13,15 @@ if TYPE_CHECKING:
 OP = "train"
 _MLPS = ("mlp", "cgan", "autoencoder")  # --g-norm is of their generators
 _NO_NORM = ("unrolled-toy", "wgan-gp-toy")
-NO_CRITIC = {"penalty": "none", "n_critic": 1, "spectral_norm": False, "clip_weights": 0.0, "pack": 1, "replay": 0}
+NO_CRITIC = {
+    "penalty": "none",
+    "n_critic": 1,
+    "spectral_norm": False,
+    "clip_weights": 0.0,
+    "pack": 1,
+    "minibatch_features": "none",
+    "replay": 0,
+}
 
 
 def check(c: TrainConfig) -> None:

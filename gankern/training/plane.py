@@ -127,9 +127,10 @@ def ask(critic: nn.Module, points: Tensor, others: Tensor) -> Surface | None:
     """A critic's scores of points [N, 2] in evaluation mode, without touching its weights' gradients; the mode is put back.
 
     A critic of packs (with an attribute `pack`) scores each point among the same few of `others`, averaged over ROUNDS such packs.
+    The score of an auto-encoder is minus the mean squared error of its reconstruction.
 
     Returns:
-        None if the critic does not give one finite number a point.
+        None if the critic does not give one finite number a point, or if that depends on the other points.
     """
     pack, device = getattr(critic, "pack", 1), next(critic.parameters()).device
     rounds = ROUNDS if pack > 1 else 1
@@ -142,12 +143,26 @@ def ask(critic: nn.Module, points: Tensor, others: Tensor) -> Surface | None:
         with torch.enable_grad():
             x = points.to(device, copy=True).requires_grad_()
             packs = [torch.cat([x[:, None], c.to(device).expand(len(x), -1, 2)], 1).flatten(0, 1) for c in companions]
-            scores = [critic(p) for p in packs]
-            if not all(isinstance(s, Tensor) and s.numel() == len(x) for s in scores):
+            scores = [_scores(critic, p) for p in packs]
+            if any(s.shape != (len(x),) for s in scores):
                 return None
-            score = torch.stack([s.flatten() for s in scores]).mean(0)
+            first = len(x) // 2
+            alone = _scores(critic, packs[0][: first * pack])
+            if (alone - scores[0][:first]).abs().max() > 1e-3 * scores[0].std(correction=0) + 1e-5 * alone.abs().max():
+                return None
+            score = torch.stack(scores).mean(0)
             (gradient,) = torch.autograd.grad(score.sum(), x)
     finally:
         critic.train(training)
     surface = Surface(score.detach().float().cpu(), gradient.float().cpu())
     return surface if all(t.isfinite().all() for t in surface) else None
+
+
+def _scores(critic: nn.Module, points: Tensor) -> Tensor:
+    """[N] of points (or packs of them), high where they are taken for real; [0] if the critic gives something else."""
+    out = critic(points)
+    if not isinstance(out, Tensor):
+        return points.new_zeros(0)
+    if out.shape == points.shape:
+        return -(out - points).square().mean(1)
+    return out.flatten()

@@ -34,6 +34,9 @@ _BOUNDED: dict[str, Any] = {
     "ema": 0.999,
 }
 
+# The paper's 2, 5, 10, 20, 40 and 80 are 2 sigma² / 2 for pixels in [0, 1]; here sigma for pixels in [-1, 1]: 2 sqrt of each.
+_GMMN_WIDTHS = (2.8, 4.5, 6.3, 8.9, 12.6, 17.9)
+
 PRESETS = {
     "gan": Preset(
         "the GAN: two MLPs, the non-saturating loss, on MNIST",
@@ -170,6 +173,48 @@ PRESETS = {
         TrainConfig(
             data="swissroll", arch="wgan-gp-toy", loss="wgan", penalty="gp", penalty_weight=0.1, n_critic=5, z_dim=2,
             batch_size=256, lr_g=1e-4, lr_d=1e-4, beta1=0.5, beta2=0.9,
+        ),
+    ),
+    "acgan": Preset(
+        "the critic tells the class too, convolutional",
+        "Odena et al. 2017",
+        "the digit that is asked for, clean",
+        TrainConfig(**_DCGAN | {"arch": "acgan", "batch_size": 64}),
+    ),
+    "gmmn": Preset(
+        "moment matching of batches of 500 images, an MLP and no critic",
+        "Li, Swersky, Zemel 2015",
+        "digits of all kinds, coarse at the edges; g_loss near 0.25",
+        TrainConfig(
+            loss="mmd", mmd_root=True, mmd_bandwidths=_GMMN_WIDTHS, batch_size=500, z_dim=10, latent="uniform",
+            g_widths=(64, 256, 256, 1024), lr_g=1e-3, beta1=0.9, ema=0.99, steps=3000,
+        ),
+    ),
+    "mmd-gan": Preset(
+        "moment matching of the codes of an auto-encoder, under a gradient penalty, two MLPs",
+        "Li et al. 2017; Bińkowski et al. 2018",
+        "all ten digits",
+        TrainConfig(
+            arch="autoencoder", loss="mmd-gan", code=16, d_widths=(512, 256), penalty="gp", n_critic=2, lr_d=5e-4,
+            g_norm="batch", ema=0.999,
+        ),
+    ),
+    "ebgan": Preset(
+        "energies: the critic is an auto-encoder, the generator's samples are pulled apart, two MLPs",
+        "Zhao, Mathieu, LeCun 2017",
+        "all ten digits; d_loss comes to the margin",
+        TrainConfig(
+            arch="autoencoder", loss="ebgan", margin=0.13, pulling_away_weight=0.002, d_widths=(512, 256), g_norm="batch",
+            lr_d=1e-3, ema=0.999,
+        ),
+    ),
+    "began": Preset(
+        "energies kept in balance, two MLPs",
+        "Berthelot, Schumm, Metz 2017",
+        "smooth digits; d_real falls, d_fake stays at began_gamma times it",
+        TrainConfig(
+            arch="autoencoder", loss="began", began_gamma=0.7, began_lambda=0.01, d_widths=(512, 256), g_norm="batch", lr_d=1e-3,
+            ema=0.999,
         ),
     ),
     "ctgan-like": Preset(

@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gankern.nn.minibatch import MinibatchDiscrimination, MinibatchDistance, MinibatchStdDev
 
 # layers in which the samples of a batch see each other
-_MIXING = (_BatchNorm, MinibatchDiscrimination, MinibatchDistance, MinibatchStdDev)
+MINIBATCH = (MinibatchDiscrimination, MinibatchDistance, MinibatchStdDev)
+_MIXING = (_BatchNorm, *MINIBATCH)
 
 # The settings of gankern.gradient_penalty for each name of --penalty.
 PENALTIES: dict[str, dict[str, Any]] = {

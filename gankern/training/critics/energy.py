@@ -12,7 +12,7 @@ from gankern.training.critics._common import Computed, Critic, Loss, frozen, mix
 
 def error(x: Tensor, reconstruction: Tensor, power: int = 2) -> Tensor:
     """[B]: the mean over a sample's entries of |x - reconstruction|^power; of 16-bit samples in float32."""
-    difference = x.to(torch.promote_types(x.dtype, torch.float32)) - reconstruction
+    difference = (x.float() if x.dtype.itemsize == 2 else x) - reconstruction
     return (difference.abs() if power == 1 else difference.square()).flatten(1).mean(1)
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from gankern import checks
-from gankern.training.critics._common import Computed, Critic, Loss, frozen
+from gankern.training.critics._common import MINIBATCH, Computed, Critic, Loss, frozen
 
 
 class Features:
-    """The features by which a critic judges: what its last linear layer takes.
+    """The features by which a critic judges: what its last linear layer takes, without minibatch features.
 
     Args:
         net: samples (and classes) -> scores.
@@ -25,7 +25,7 @@ class Features:
         linears = [m for m in net.modules() if isinstance(m, nn.Linear)]
         if not linears:
             checks.fail(ValueError, "train", "feature_matching", "have a critic with a linear layer", type(net).__name__)
-        self.net, self.last = net, linears[-1]
+        self.net, self.last = net, next((m for m in net.modules() if isinstance(m, MINIBATCH)), linears[-1])
         self.parameters = [p for p in net.parameters() if p.requires_grad]
 
     def of(self, x: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -117,6 +117,5 @@ def rows(features: Tensor) -> Tensor:
 def compared(real: Tensor, fake: Tensor, bandwidths: tuple[float, ...], sign: int) -> Computed:
     """sign * MMD² of features, and the witness function's means over both halves."""
     xx, yy, xy = kernel_means(real, fake, bandwidths)
-    loss, of_real, of_fake = sign * (xx + yy - 2 * xy), xx.detach() - xy.detach(), xy.detach() - yy.detach()
-    dtype = torch.promote_types(real.dtype, torch.float32)
-    return Computed(loss.to(dtype), of_real.to(dtype), of_fake.to(dtype))
+    values = sign * (xx + yy - 2 * xy), xx.detach() - xy.detach(), xy.detach() - yy.detach()
+    return Computed(*(v.to(torch.float32 if real.dtype.itemsize == 2 else real.dtype) for v in values))
