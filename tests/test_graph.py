@@ -328,7 +328,7 @@ def test_reasons_against_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     t.__class__ = OwnStep
     assert graph_problem(t, stream) == "a graph knows Trainer.step, OwnStep has a step of its own"  # type: ignore[arg-type]
     stream.resident = False
-    monkeypatch.setattr(engines, "Losses", lambda size, device: None)
+    monkeypatch.setattr(engines, "Losses", lambda *_: None)
     assert graph_problem(t, stream) == "a graph needs the data on cuda, which has no room for it"  # type: ignore[arg-type]
     assert make("graph", t, stream).why == "a graph needs the data on cuda, which has no room for it"  # type: ignore[arg-type]
     t.clock = None

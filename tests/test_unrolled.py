@@ -26,7 +26,7 @@ def problem(net: nn.Module, shape: tuple[int, ...] = (3,), **changes: Any) -> tu
     net = net.double()
     optimizer = make(config.optimizer_d, net.parameters(), config.rate_d, config)
     rng = torch.Generator().manual_seed(0)
-    critic = critics.choose(net, config, rng, optimizer)
+    critic = critics.choose(net, config, rng, optimizer=optimizer)
     generator = torch.Generator().manual_seed(1)
     real, fake = (torch.randn(4, *shape, generator=generator, dtype=torch.float64) for _ in range(2))
     return critic, optimizer, config, real, fake.requires_grad_()
@@ -67,7 +67,7 @@ def value_after(net: nn.Module, optimizer: Any, config: TrainConfig, real: Tenso
     net, rule = copy.deepcopy(net), copy.deepcopy(optimizer.state_dict())
     twin = make(config.optimizer_d, net.parameters(), config.rate_d, config)
     twin.load_slots({i: rule["state"].get(i, {}) for i in range(len(twin.parameters))})
-    plain = critics.choose(net, dataclasses.replace(config, unroll=0), torch.Generator().manual_seed(0), twin)
+    plain = critics.choose(net, dataclasses.replace(config, unroll=0), torch.Generator().manual_seed(0))
     for _ in range(config.unroll):
         twin.forget()
         plain.discriminator(real, fake.detach()).backward()
@@ -169,7 +169,7 @@ def test_unrolling_reaches_the_generator() -> None:
     whole, fake.grad = fake.grad, None
     net = copy.deepcopy(critic.inner.net)
     rule = make("sgd", net.parameters(), config.rate_d, config)
-    plain = critics.choose(net, dataclasses.replace(config, unroll=0), torch.Generator(), rule)
+    plain = critics.choose(net, dataclasses.replace(config, unroll=0), torch.Generator())
     plain.discriminator(real, fake.detach()).backward()
     rule.update()
     plain.generator(fake, real).backward()

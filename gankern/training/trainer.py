@@ -60,7 +60,7 @@ class Trainer:
         capturable = self.device.type == "cuda" if capturable is None else capturable
         self.opt_g = make(config.optimizer_g, self.generator.parameters(), config.lr_g, config, capturable)
         self.opt_d = make(config.optimizer_d, self.discriminator.parameters(), config.rate_d, config, capturable)
-        self.critic = critics.choose(discriminator, config, self.rng, self.opt_d, one_pass)
+        self.critic = critics.choose(discriminator, config, self.rng, one_pass, self.opt_d)
         self.ema = Ema(generator, config.ema, config.ema_warmup) if config.ema > 0.0 else None
         self.steps_done = 0
         self.clock = torch.zeros((), device=self.device) if capturable else None  # steps_done, for what a graph replays

@@ -50,13 +50,15 @@ __all__ = [
 OP = "train"
 
 
-def choose(net: nn.Module, config: TrainConfig, rng: torch.Generator, optimizer: InPlace, one_pass: bool | None = None) -> Critic:
+def choose(
+    net: nn.Module, config: TrainConfig, rng: torch.Generator, one_pass: bool | None = None, optimizer: InPlace | None = None
+) -> Critic:
     """The way to ask this critic for config.loss and config.penalty, and the generator's loss after config.unroll updates of it.
 
     Args:
         rng: source of the penalty's points.
-        optimizer: of the critic's parameters, whose rule is unrolled.
         one_pass: whether real and fake may share a pass. None: yes, unless samples of a batch see each other in the critic.
+        optimizer: of the critic's parameters, whose rule is unrolled; else it is not needed.
 
     Raises:
         ValueError: a network that the objective cannot ask.
@@ -66,6 +68,7 @@ def choose(net: nn.Module, config: TrainConfig, rng: torch.Generator, optimizer:
         return Matching(critic, net)
     if not config.unroll:
         return critic
+    assert optimizer is not None
     inner = critic
     if isinstance(critic, OnePass):
         inner = Autograd(net, critic.loss, config.penalty, config.penalty_weight, rng)
