@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 import typing
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from gankern.cli.main import main
 from gankern.losses import GANLoss
 from gankern.losses.explanations import EXPLANATIONS, Value, expected
 from gankern.ops._objectives import OBJECTIVES
-from gankern.training import TrainConfig
+from gankern.training import TrainConfig, pictures
 
 Capture = pytest.CaptureFixture[str]
 FREE = {"wgan", *(name for name, row in OBJECTIVES.items() if row.relative != "no")}  # where any constant logit is a best one
@@ -186,3 +187,19 @@ def test_without_a_critic_its_columns_are_left_out() -> None:
     reader = Reader(TrainConfig(loss="mmd"))
     assert reader.losses(ROW).startswith("g_loss 0.751 (close to 0: ")
     assert reader.scores(ROW) == []
+
+
+@pytest.mark.parametrize("scores", [("D(x)", "D(G(z))"), ("E(x)", "E(G(z))"), ()])
+def test_picture_of_the_losses(scores: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only scores of D lie between 0 and 1; without a critic there is one panel."""
+    shown: list[typing.Any] = []
+    to_picture = pictures.to_picture
+    monkeypatch.setattr(pictures, "to_picture", lambda figure: shown.append(figure) or to_picture(figure))
+    rows = [{"step": step, **ROW, "d_real": 3.0 * step} for step in range(1, 5)]
+    pictures.plot_losses(tmp_path / "losses.png", rows, "run", scores)
+    panels = shown[0].axes
+    names = [text.get_text() for axes in panels for text in axes.get_legend().get_texts()]
+    assert names == (["discriminator loss", "generator loss", *scores] if scores else ["generator loss"])
+    if scores:
+        assert (panels[1].get_ylim() == (0.0, 1.0)) == (scores[0] == "D(x)")
+    assert (tmp_path / "losses.png").is_file()

@@ -391,7 +391,7 @@ class Reporter:
             self.run.save(state | {"device": self.trainer.device.type, "time_s": seconds}, self.config.keep)
             rows = self.run.rows()
             if rows:
-                pictures.plot_losses(self.run.path / "losses.png", rows, self.run.path.name)
+                pictures.plot_losses(self.run.path / "losses.png", rows, self.run.path.name, self.progress.reader.names)
             self.board.flush()
         self.saved_step = step
 

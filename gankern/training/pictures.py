@@ -60,24 +60,27 @@ def to_picture(figure: Figure) -> Tensor:
     ]
 
 
-def plot_losses(path: Path, rows: list[dict[str, float]], title: str) -> None:
-    """Write losses.png from rows of log.jsonl: both losses above, D(x) and D(G(z)) below, raw in pale and smoothed in full."""
+def plot_losses(path: Path, rows: list[dict[str, float]], title: str, scores: Sequence[str] = ("D(x)", "D(G(z))")) -> None:
+    """Write losses.png from rows of log.jsonl: both losses above, the scores below, raw in pale and smoothed in full.
+
+    Args:
+        scores: what d_real and d_fake are called; in [0, 1] if it is D that gives them. Nothing: there is no critic to show.
+    """
     figure = canvas(990, 715, "constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    curves = (
-        (top, "d_loss", "discriminator loss", "#1f5fa8"),
-        (top, "g_loss", "generator loss", "#d1602b"),
-        (bottom, "d_real", "D(x)", "#1f5fa8"),
-        (bottom, "d_fake", "D(G(z))", "#d1602b"),
-    )
+    top, bottom = figure.subplots(2, 1, sharex=True) if scores else [figure.subplots()] * 2
+    curves = [(top, "g_loss", "generator loss", "#d1602b")]
+    if scores:
+        curves = [(top, "d_loss", "discriminator loss", "#1f5fa8"), *curves]
+        curves += [(bottom, "d_real", scores[0], "#1f5fa8"), (bottom, "d_fake", scores[1], "#d1602b")]
     steps = [row["step"] for row in rows]
     window = max(len(rows) // 50, 1)
     for axes, key, label, colour in curves:
         values = [row[key] for row in rows]
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(steps, _smooth(values, window), color=colour, linewidth=1.8, label=label)
-    bottom.axhline(0.5, color="0.6", linewidth=0.8, linestyle="--")
-    bottom.set_ylim(0.0, 1.0)
+    if scores and scores[0] == "D(x)":
+        bottom.axhline(0.5, color="0.6", linewidth=0.8, linestyle="--")
+        bottom.set_ylim(0.0, 1.0)
     bottom.set_xlabel("step")
     top.set_title(title, loc="left")
     for axes in (top, bottom):
