@@ -159,7 +159,7 @@ PRESETS = {
         "Salimans et al. 2016",
         "varied, clean digits",
         TrainConfig(
-            **_DCGAN, minibatch_features="discrimination", feature_matching=1.0, virtual_batch_norm=True, label_smoothing=0.9
+            **_DCGAN, minibatch_features="discrimination", feature_matching=0.01, virtual_batch_norm=True, label_smoothing=0.9
         ),
     ),
     "vae-gan": Preset(
