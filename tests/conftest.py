@@ -1,6 +1,8 @@
 """Where the tests run: GANKERN_TEST_DEVICE=cpu (default: Triton under its interpreter) or cuda (the same tests on the GPU)."""
 
 import ctypes
+import functools
+import inspect
 import os
 
 if os.environ.setdefault("GANKERN_TEST_DEVICE", "cpu") == "cpu":  # before anything imports triton, which reads it once
@@ -10,12 +12,51 @@ else:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the `poisoned` fixture asks cuBLAS to be deterministic
 
 from collections.abc import Iterator
+from types import FunctionType
 
 import pytest
 import torch
 
 from gankern import backend as backends
 from tests import support
+
+
+def quicken_interpreter() -> None:
+    """Triton's interpreter searches all of triton.language for what to replace, at each launch and at each call of a function in a
+    kernel: most of the time that a small kernel takes. Once a launch is enough, and what there is to find is always the same."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch_lang, launch, done = interpreter._patch_lang, interpreter.GridExecutor.__call__, set[int]()
+
+    @functools.cache
+    def names(package: object) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if language.core.is_builtin(member)]
+
+    def patch_builtin(package: object, *rest: object) -> None:
+        for name in names(package):
+            member = getattr(package, name)
+            if language.core.is_builtin(member):
+                interpreter._patch_attr(package, name, member, *rest)
+
+    def patch_once(fn: FunctionType) -> object:
+        if id(fn.__globals__) in done:
+            return None
+        done.add(id(fn.__globals__))
+        return patch_lang(fn)
+
+    def launch_anew(*args: object, **kwargs: object) -> None:
+        done.clear()  # the end of a launch undoes its replacements
+        launch(*args, **kwargs)
+
+    for package in (language, language.tensor, language.math, language.core, language.core.tensor_descriptor_base):
+        names(package)  # before anything is replaced
+    interpreter._patch_builtin, interpreter._patch_lang = patch_builtin, patch_once
+    interpreter.GridExecutor.__call__ = launch_anew
+
+
+if backends.triton_interpreted() and not backends.problem("triton", "cpu"):
+    quicken_interpreter()
 
 
 @pytest.fixture(params=backends.NAMES)

@@ -30,8 +30,8 @@ CXX = shutil.which("g++")
 FLAGS = [
     *(
         "-std=c++17",
-        "-O1",
-        "-g",
+        "-Og",
+        "-g1",
         "-fno-omit-frame-pointer",
         "-fno-strict-aliasing",
         "-fsanitize=address,undefined",

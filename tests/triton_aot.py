@@ -2,6 +2,7 @@
 
 The real launchers are called, on CPU tensors, with a driver that names an architecture instead of a device: Triton then
 specialises and compiles as it would before a launch, and nothing is launched. So what is compiled is what a GPU would run.
+sm_90 gets every case, other architectures one case of each kernel and of each kind of product, which fills their shared memory.
 Prints a JSON list of all kernels, then an object for each compiled one: kernel, case, sm, reg, stack, local, shared (bytes).
 Not to be run under TRITON_INTERPRET=1, which replaces the compiler.
 """
@@ -67,9 +68,15 @@ class Architecture:
         return GPUTarget("cuda", self.sm, 32)
 
 
-def gan_loss_cases(sm: int) -> Iterator[Case]:
-    few = [(torch.float32, losses.ONE_PROGRAM), (torch.bfloat16, 4 * losses.ONE_PROGRAM)]
-    for dtype, n in [(torch.float32, 256), (torch.float64, 64), *few] if sm == 90 else few:
+def shapes_of(shapes: list[Any], *dtypes: torch.dtype, few: int = 1) -> Iterator[tuple[torch.dtype, Any]]:
+    """Every shape in float32, the first `few` in each of the other dtypes: one changes the blocks, the other what is in them."""
+    yield from itertools.product((torch.float32,), shapes)
+    yield from itertools.product(dtypes, shapes[:few])
+
+
+def gan_loss_cases() -> Iterator[Case]:
+    sizes = (losses.ONE_PROGRAM, 4 * losses.ONE_PROGRAM, 256, 64)
+    for dtype, n in zip((torch.float32, torch.bfloat16, torch.float32, torch.float64), sizes, strict=True):
         name, compute, half = f"{dtype} {n}", torch.float64 if dtype == torch.float64 else torch.float32, n // 2
         a, c, one = torch.zeros(n, dtype=dtype), torch.zeros(n, dtype=compute), torch.ones((), dtype=compute)
         numbers = (0, 1.0, 0.9, None, 0, 1.0, 0.0, None, 1)
@@ -89,9 +96,9 @@ def gan_loss_cases(sm: int) -> Iterator[Case]:
         yield f"term {code} grad2", partial(losses.gan_loss_grad2, a, None, 128, *part, *part, 1, one, a, None)
 
 
-def act_cases(sm: int) -> Iterator[Case]:
+def act_cases() -> Iterator[Case]:
     sizes = [(64, 256), (2048, 784), (64, 300)]  # one launch, chunks of rows, a width that is not aligned
-    for dtype, (rows, columns) in itertools.product((torch.float32, torch.bfloat16), sizes if sm == 90 else sizes[:1]):
+    for dtype, (rows, columns) in shapes_of(sizes, torch.bfloat16):
         z, bias, seed = (
             torch.zeros(rows, columns, dtype=dtype),
             torch.zeros(columns, dtype=dtype),
@@ -100,16 +107,14 @@ def act_cases(sm: int) -> Iterator[Case]:
         bits, name = torch.zeros(rows, -(-columns // 8), dtype=torch.uint8), f"{dtype} {rows}x{columns}"
         yield f"{name} dropout", partial(linear.linear_lrelu_act, z, bias, 0.2, 0.3, seed)
         yield f"{name} dropout", partial(linear.linear_lrelu_act_grad, z, z, bits, 0.2, 0.3, True)
-        if sm == 90:
-            yield name, partial(linear.linear_lrelu_act, z, None, 0.2, 0.0, None)
-            yield name, partial(linear.linear_lrelu_act_grad, z, z, bits, 0.2, 0.0, False)
+        yield name, partial(linear.linear_lrelu_act, z, None, 0.2, 0.0, None)
+        yield name, partial(linear.linear_lrelu_act_grad, z, z, bits, 0.2, 0.0, False)
 
 
-def bias_lrelu_cases(sm: int) -> Iterator[Case]:
-    # large planes, small planes, planes that are not aligned; channels innermost: one launch, chunks of rows
-    shapes = [(64, 64, 16, 16), (64, 512, 4, 4), (64, 64, 7, 7), (64, 256), (4096, 64)]
-    dtypes = (torch.float32, torch.bfloat16, torch.float64) if sm == 90 else (torch.float32, torch.bfloat16)
-    for dtype, shape in itertools.product(dtypes, shapes if sm == 90 else (shapes[0], shapes[-1])):
+def bias_lrelu_cases() -> Iterator[Case]:
+    # large planes, channels innermost; small planes, planes that are not aligned, channels innermost in one launch
+    shapes = [(64, 64, 16, 16), (4096, 64), (64, 512, 4, 4), (64, 64, 7, 7), (64, 256)]
+    for dtype, shape in shapes_of(shapes, torch.bfloat16, torch.float64, few=2):
         x, bias, name = torch.zeros(shape, dtype=dtype), torch.zeros(shape[1], dtype=dtype), f"{dtype} {'x'.join(map(str, shape))}"
         yield name, partial(channels.bias_lrelu, x, bias, 0.2)
         yield name, partial(channels.bias_lrelu_grad, x, x, 0.2, True)
@@ -118,12 +123,12 @@ def bias_lrelu_cases(sm: int) -> Iterator[Case]:
             yield f"{name} no bias", partial(channels.bias_lrelu_grad, x, x, 0.2, False)
 
 
-def mlp_critic_cases(sm: int) -> Iterator[Case]:
+def mlp_critic_cases() -> Iterator[Case]:
     sizes = [(192, 256), (2048, 784), (64, 300)]  # one launch, chunks of rows, a width that is not aligned
-    for dtype, (rows, columns) in itertools.product((torch.float32, torch.bfloat16), sizes if sm == 90 else sizes[:1]):
+    for dtype, (rows, columns) in shapes_of(sizes, torch.bfloat16):
         y, t = torch.zeros(rows, columns, dtype=dtype), torch.zeros(rows // 2, columns, dtype=dtype)
         bits, factor = torch.zeros(rows, -(-columns // 8), dtype=torch.uint8), torch.zeros(rows // 2)
-        for p, f in ((0.3, factor), (0.0, None)) if sm == 90 else ((0.3, factor),):
+        for p, f in (0.3, factor), (0.0, None):
             name = f"{dtype} {rows}x{columns}{' dropout' * (p > 0)}"
             yield name, partial(critics.mlp_critic_adjoint, y, y, bits, 0.2, p, rows // 2, f)
             yield name, partial(critics.mlp_critic_tangent, t, y, bits, 0.2, p, rows // 2, f)
@@ -150,9 +155,9 @@ def product_cases(sm: int) -> Iterator[Case]:
     linear.blocks = choose
 
 
-def penalty_cases(sm: int) -> Iterator[Case]:
+def penalty_cases() -> Iterator[Case]:
     sizes = [(64, 784), (256, 2), (16, 3 * 64 * 64), (2, 512 * 1024)]  # a flat image, points, a colour image, many shares
-    for dtype, (rows, columns) in itertools.product((torch.float32, torch.bfloat16), sizes if sm == 90 else sizes[:2]):
+    for dtype, (rows, columns) in shapes_of(sizes, torch.bfloat16, few=2):
         x, name = torch.zeros(rows, columns, dtype=dtype), f"{dtype} {rows}x{columns}"
         one, each, seed = torch.zeros(()), torch.zeros(rows), torch.zeros(1, dtype=torch.int64)
         yield name, partial(mixtures.interpolate, x, x, None, seed)
@@ -162,22 +167,21 @@ def penalty_cases(sm: int) -> Iterator[Case]:
             yield f"{name} {target:g}", partial(penalties.gradient_norm_penalty_grad, one, x, each, target, one_sided, 10.0)
 
 
-def pairwise_cases(sm: int) -> Iterator[Case]:
-    shapes = [(64, 50, 5), (64, 8, 3), (64, 10, 40)]
-    for dtype, shape in itertools.product((torch.float32, torch.bfloat16, torch.float64), shapes if sm == 90 else shapes[:1]):
+def pairwise_cases() -> Iterator[Case]:
+    for dtype, shape in shapes_of([(64, 50, 5), (64, 8, 3), (64, 10, 40)], torch.bfloat16, torch.float64):
         m, g, name = torch.zeros(shape, dtype=dtype), torch.zeros(shape[:2], dtype=dtype), f"{dtype} {shape}"
         yield name, partial(pairs.pairwise_features, m)
         yield name, partial(pairs.pairwise_features_grad, g, m)
         yield f"{name} second", partial(pairs.pairwise_features_grad2, m, g, m)
-    for dtype, columns in itertools.product((torch.float32, torch.float64), (64, 4096) if sm == 90 else (4096,)):
+    for dtype, columns in shapes_of([4096, 64], torch.float64, few=2):
         gram, sq = torch.zeros(128, columns, dtype=dtype), torch.zeros(columns, dtype=dtype)
         for gammas in ([0.5, 0.125, 0.03125, 0.0078125, 0.001953125], [0.5]):
             name = f"{dtype} {columns} columns, {len(gammas)} widths"
             yield name, partial(pairs.pairwise_gram_, gram, sq.new_zeros(128), sq, gammas, len(gammas) == 1)
 
 
-def spectral_norm_cases(sm: int) -> Iterator[Case]:
-    for dtype in (torch.float32, torch.bfloat16, torch.float64) if sm == 90 else (torch.float32,):
+def spectral_norm_cases() -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
         weights, u, v = (
             [torch.zeros(*s, dtype=dtype) for s in ss] for ss in (((256, 784), (64, 32, 4, 4)), ((256,), (32,)), ((784,), (1024,)))
         )
@@ -188,18 +192,17 @@ def spectral_norm_cases(sm: int) -> Iterator[Case]:
         yield f"{dtype}", partial(spectral.spectral_norm_grad, weights, weights, state, offsets, dims)
 
 
-def bn_lrelu_cases(sm: int) -> Iterator[Case]:
-    # channels whole and cut into shares, with and without space, places that are not aligned
-    shapes = [(64, 128, 7, 7), (64, 64, 32, 32), (128, 256), (65536, 64), (16, 3, 16, 16)]
-    for dtype in (torch.float32, torch.bfloat16, torch.float64) if sm == 90 else (torch.float32,):
-        for shape in shapes if sm == 90 and dtype == torch.float32 else shapes[1:4:2]:
-            x, name = torch.zeros(1, dtype=dtype).expand(shape), f"{dtype} {'x'.join(map(str, shape))}"
-            c = torch.zeros(shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-            for w in (c, None) if dtype == torch.float32 else (c,):
-                yield name, partial(norms.bn_lrelu, x, w, w, w, w, 0.1, 1e-5, 0.2)
-                yield name, partial(norms.bn_lrelu_eval, x, c, c, w, w, 1e-5, 0.2)
-                yield name, partial(norms.bn_lrelu_grad, x, x, c, c, w, w, 1e-5, 0.2, w is not None)
-                yield f"{name} second", partial(norms.bn_lrelu_grad2, x, w, w, x, x, c, c, w, w, 1e-5, 0.2, w is not None)
+def bn_lrelu_cases() -> Iterator[Case]:
+    # channels cut into shares, with and without space; channels whole, with and without; places that are not aligned
+    shapes = [(64, 64, 32, 32), (65536, 64), (64, 128, 7, 7), (128, 256), (16, 3, 16, 16)]
+    for dtype, shape in shapes_of(shapes, torch.bfloat16, torch.float64, few=2):
+        x, name = torch.zeros(1, dtype=dtype).expand(shape), f"{dtype} {'x'.join(map(str, shape))}"
+        c = torch.zeros(shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        for w in (c, None) if dtype == torch.float32 else (c,):
+            yield name, partial(norms.bn_lrelu, x, w, w, w, w, 0.1, 1e-5, 0.2)
+            yield name, partial(norms.bn_lrelu_eval, x, c, c, w, w, 1e-5, 0.2)
+            yield name, partial(norms.bn_lrelu_grad, x, x, c, c, w, w, 1e-5, 0.2, w is not None)
+            yield f"{name} second", partial(norms.bn_lrelu_grad2, x, w, w, x, x, c, c, w, w, 1e-5, 0.2, w is not None)
 
 
 def usage(cubin: bytes) -> dict[str, int]:
@@ -215,9 +218,12 @@ def usage(cubin: bytes) -> dict[str, int]:
 def main(architectures: list[int]) -> None:
     names = {kernel: name for name, kernel in kernels().items()}
     compiled: list[tuple[str, Any]] = []
+    enough: set[str] = set()  # kernels that this architecture has compiled
     original = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if names[self] in enough:
+            return None
         kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
         compiled.append((names[self], kernel))
         return kernel
@@ -226,14 +232,18 @@ def main(architectures: list[int]) -> None:
     print(json.dumps(sorted(names.values())))
     for sm in architectures:
         triton.runtime.driver.set_active(Architecture(sm))
-        cases = (gan_loss_cases, act_cases, product_cases, penalty_cases, pairwise_cases, spectral_norm_cases, mlp_critic_cases)
-        cases += (bias_lrelu_cases, bn_lrelu_cases)
-        for case, launch in itertools.chain.from_iterable(make(sm) for make in cases):
-            launch()
-            for name, kernel in compiled:
-                row = {"kernel": name, "case": case, "sm": sm, **usage(kernel.asm["cubin"]), "shared": kernel.metadata.shared}
-                print(json.dumps(row), flush=True)
-            compiled.clear()
+        enough.clear()
+        products = partial(product_cases, sm)
+        makers = (products, gan_loss_cases, act_cases, penalty_cases, pairwise_cases, spectral_norm_cases, mlp_critic_cases)
+        for make in (*makers, bias_lrelu_cases, bn_lrelu_cases):
+            for case, launch in make():
+                launch()
+                for name, kernel in compiled:
+                    row = {"kernel": name, "case": case, "sm": sm, **usage(kernel.asm["cubin"]), "shared": kernel.metadata.shared}
+                    print(json.dumps(row), flush=True)
+                if sm != 90 and make is not products:
+                    enough.update(name for name, _ in compiled)
+                compiled.clear()
 
 
 if __name__ == "__main__":
