@@ -95,8 +95,8 @@ def page(entries: list[dict[str, Any]]) -> str:
         "",
         "Written by `python -m bench.gallery`: presets as they are, on two CPU cores. Under each picture: its command, the time it",
         f"took, and of {SAMPLES} samples what the bundled classifier says: its mean confidence in the digit it sees (of real ones",
-        "0.995), the share of the digit that it sees least often (of real ones 8.9 %), and for conditional presets how often it sees",
-        "the digit that was asked for.",
+        "0.995), the share of the digit that it sees least often (of real ones 8.9 %), and for conditional presets how often it is",
+        "the one that was asked for.",
     ]
     for e in entries:
         numbers = [f"confidence {e['confidence']}", f"rarest digit {100 * e['rarest_class']:.1f} %"] if "confidence" in e else []
