@@ -1,14 +1,38 @@
 """Judges of samples: pure functions, nothing printed or written."""
 
 from gankern.metrics.digits import DigitClassifier, DigitVerdict, judge_digits, load_digit_classifier, train_digit_classifier
+from gankern.metrics.distances import Neighbours, nearest_neighbours
+from gankern.metrics.fid import fid
+from gankern.metrics.kid import KID, kid
 from gankern.metrics.modes import ModeCoverage, modes
+from gankern.metrics.neighbour_test import NearestNeighbourTest, nearest_neighbour_test
+from gankern.metrics.prdc import PRDC, prdc
+from gankern.metrics.scores import InceptionScore, inception_score, mode_score
+from gankern.metrics.ssim import ms_ssim, ms_ssim_diversity, ssim
+from gankern.metrics.wasserstein import wasserstein
 
 __all__ = [
+    "KID",
+    "PRDC",
     "DigitClassifier",
     "DigitVerdict",
+    "InceptionScore",
     "ModeCoverage",
+    "NearestNeighbourTest",
+    "Neighbours",
+    "fid",
+    "inception_score",
     "judge_digits",
+    "kid",
     "load_digit_classifier",
+    "mode_score",
     "modes",
+    "ms_ssim",
+    "ms_ssim_diversity",
+    "nearest_neighbour_test",
+    "nearest_neighbours",
+    "prdc",
+    "ssim",
     "train_digit_classifier",
+    "wasserstein",
 ]
