@@ -11,19 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 
 from gankern import metrics
-from gankern.metrics import distances, fid, kid, nearest_neighbour_test, prdc, wasserstein
+from gankern.metrics import distances, fid, kid, kid_full, nearest_neighbour_test, prdc, wasserstein
 from tests.support import DEVICE, randn
+
+scipy_linalg = pytest.importorskip("scipy.linalg")
+FrechetInceptionDistance = pytest.importorskip("torchmetrics.image.fid").FrechetInceptionDistance
+KernelInceptionDistance = pytest.importorskip("torchmetrics.image.kid").KernelInceptionDistance
 
 METRICS: dict[str, Callable[..., Any]] = {
     "fid": fid,
     "kid": lambda **sets: kid(**sets, subset_size=5),
+    "kid_full": kid_full,
     "prdc": prdc,
     "nearest_neighbour_test": nearest_neighbour_test,
     "wasserstein": wasserstein,
@@ -63,7 +65,7 @@ def test_fid_of_gaussians_with_other_axes() -> None:
         zero = torch.zeros(dim, dtype=torch.float64, device=DEVICE)
         got = fid(real=gaussian(zero, s, 60, 6), fake=gaussian(zero, t, 60, 7))
         product = s @ t
-        root = scipy.linalg.sqrtm(product.cpu().numpy()).real.trace()
+        root = scipy_linalg.sqrtm(product.cpu().numpy()).real.trace()
         if dim == 2:
             assert root == pytest.approx((product.trace() + 2 * product.det().sqrt()).sqrt().item(), rel=1e-10)
         assert got == pytest.approx((s.trace() + t.trace()).item() - 2 * root, rel=1e-9)
@@ -109,21 +111,23 @@ def test_kid_is_the_unbiased_estimate() -> None:
         return float(np.mean([(float(x @ y) / 3 + 1) ** 3 for x, y in pairs]))
 
     want = mean(itertools.permutations(real, 2)) + mean(itertools.permutations(fake, 2)) - 2 * mean(itertools.product(real, fake))
-    assert kid(real=real, fake=fake, subset_size=5).full == pytest.approx(want, rel=1e-10)
+    assert kid_full(real=real, fake=fake) == pytest.approx(want, rel=1e-10)
 
 
 def test_kid_of_two_samples_of_one_law_is_about_0() -> None:
     got = kid(real=features(2000, 1), fake=features(2000, 2), subsets=50, subset_size=300)
     apart = kid(real=features(2000, 1), fake=features(2000, 2, 0.8), subsets=50, subset_size=300)
-    assert abs(got.full) < 0.01 * apart.full
+    whole, whole_apart = (kid_full(real=features(2000, 1), fake=features(2000, 2, scale)) for scale in (1.0, 0.8))
+    assert abs(whole) < 0.01 * whole_apart
     assert abs(got.mean) < 4 * got.std / math.sqrt(6)  # six disjoint subsets
-    assert apart.mean == pytest.approx(apart.full, abs=4 * apart.std / math.sqrt(6))
+    assert apart.mean == pytest.approx(whole_apart, abs=4 * apart.std / math.sqrt(6))
 
 
 def test_kid_of_all_samples_in_one_subset() -> None:
-    got = kid(real=features(40, 1).double(), fake=features(40, 2).double(), subsets=3, subset_size=40)
-    assert got.mean == pytest.approx(got.full, rel=1e-9)
-    assert got.std < 1e-9 * abs(got.full)
+    real, fake = features(40, 1).double(), features(40, 2).double()
+    got, whole = kid(real=real, fake=fake, subsets=3, subset_size=40), kid_full(real=real, fake=fake)
+    assert got.mean == pytest.approx(whole, rel=1e-9)
+    assert got.std < 1e-9 * abs(whole)
 
 
 @pytest.mark.filterwarnings("ignore:Metric `Kernel")

@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter
 from torch import Tensor
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    structural_similarity_index_measure,
-)
 
 from gankern.metrics import ms_ssim, ms_ssim_diversity, ssim
 from tests.support import DEVICE, randn
+
+gaussian_filter = pytest.importorskip("scipy.ndimage").gaussian_filter
+torchmetrics_image = pytest.importorskip("torchmetrics.functional.image")
 
 SHAPES = [(5, 1, 28, 28), (3, 3, 40, 31), (2, 3, 11, 64)]
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -45,7 +43,7 @@ def by_scipy(x: Any, y: Any) -> tuple[float, float]:
 def test_ssim_agrees_with_torchmetrics(shape: tuple[int, ...]) -> None:
     """Theirs also counts windows that reach over the edge, where it mirrors the image: so does ours on an image so enlarged."""
     x, y = pair(shape)
-    theirs = structural_similarity_index_measure(y, x, data_range=2.0).item()
+    theirs = torchmetrics_image.structural_similarity_index_measure(y, x, data_range=2.0).item()
     got = ssim(real=F.pad(x, (5,) * 4, mode="reflect"), fake=F.pad(y, (5,) * 4, mode="reflect"))
     assert got == pytest.approx(theirs, rel=1e-4)
 
@@ -84,7 +82,7 @@ def test_ms_ssim_is_what_the_paper_says(shape: tuple[int, ...], scales: int) -> 
 def test_ms_ssim_beside_torchmetrics() -> None:
     """Theirs mirrors the image at its edge in the last scale alone, so that the two differ in the fourth digit here."""
     x, y = pair((2, 3, 256, 256))
-    theirs = multiscale_structural_similarity_index_measure(y, x, data_range=2.0).item()
+    theirs = torchmetrics_image.multiscale_structural_similarity_index_measure(y, x, data_range=2.0).item()
     assert ms_ssim(real=x, fake=y) == pytest.approx(theirs, rel=2e-3)
 
 

@@ -3,7 +3,7 @@
 from gankern.metrics.digits import DigitClassifier, DigitVerdict, judge_digits, load_digit_classifier, train_digit_classifier
 from gankern.metrics.distances import Neighbours, nearest_neighbours
 from gankern.metrics.fid import fid
-from gankern.metrics.kid import KID, kid
+from gankern.metrics.kid import KID, kid, kid_full
 from gankern.metrics.modes import ModeCoverage, modes
 from gankern.metrics.neighbour_test import NearestNeighbourTest, nearest_neighbour_test
 from gankern.metrics.prdc import PRDC, prdc
@@ -24,6 +24,7 @@ __all__ = [
     "inception_score",
     "judge_digits",
     "kid",
+    "kid_full",
     "load_digit_classifier",
     "mode_score",
     "modes",

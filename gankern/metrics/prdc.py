@@ -57,6 +57,6 @@ def prdc(*, real: Tensor, fake: Tensor, k: int = 5) -> PRDC:
     for rows, block in blocks(real, fake, centre):
         inside = block < around_real[rows].unsqueeze(1)
         precise |= inside.any(0)
-        counts += torch.stack([(block < around_fake).any(1).sum(), inside.any(1).sum(), inside.sum()])
+        counts += torch.stack([(block < around_fake).any(1).sum(), inside.any(1).sum(), inside.count_nonzero()])
     recalled, covered, balls = counts.tolist()
     return PRDC(precise.double().mean().item(), recalled / len(real), balls / (k * len(fake)), covered / len(real))
