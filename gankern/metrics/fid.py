@@ -46,5 +46,8 @@ def _gaussian(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         centred = part.double() - mean
         covariance.addmm_(centred.mT, centred)
     covariance /= len(features) - 1
-    values, vectors = torch.linalg.eigh(covariance)
-    return mean, vectors * values.clamp_(min=0).sqrt_(), covariance.trace()
+    root, singular = torch.linalg.cholesky_ex(covariance)
+    if singular:
+        values, vectors = torch.linalg.eigh(covariance)
+        root = vectors * values.clamp_(min=0).sqrt_()
+    return mean, root, covariance.trace()
