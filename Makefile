@@ -1,6 +1,6 @@
 # make train  set-up and the main job: the MLP GAN on MNIST      make train ARGS="--steps 50" passes flags
 # make test   set-up and all tests                                make test ARGS="-k philox"
-# make build | lint | bench | gpu | clean
+# make build | lint | bench | reproduce | gpu | clean
 SHELL := /bin/bash
 PYTHON ?= python3
 # The tested default. Another build: make train TORCH="torch==2.12.1 --index-url ..."
@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
 
-.PHONY: train test test-only build lint format bench gpu clean
+.PHONY: train test test-only build lint format bench reproduce gpu clean
 .DEFAULT_GOAL := build
 
 # One stamp for each step, so that a second make does nothing; a change of TORCH, TRITON or PYTHON makes the first one anew.
@@ -62,6 +62,10 @@ format: $(STAMPS)/dev
 
 bench: build $(STAMPS)/dev
 	$(BIN)/python -m pytest bench $(ARGS)
+
+# The published tables that fit into an hour of two CPU cores; `gankern reproduce` lists them all.
+reproduce: build
+	$(BIN)/gankern reproduce fgan pacgan1-ring unrolled-ring wgan-gp-toys --out docs/reproduce $(ARGS)
 
 # Installs nothing: the python3 there must have torch >= 2.11 with CUDA, triton and pytest.
 gpu:

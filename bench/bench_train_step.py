@@ -39,7 +39,7 @@ from bench import rivals
 from bench.rivals import Setting, Step
 from bench.support import AUTOMATIC, COMPILE, EAGER, Group, Outputs, Products, Settings, Work, assert_close
 from gankern.training import PRESETS, TrainConfig, precision
-from gankern.training.presets import CONDITIONAL
+from gankern.training.networks import CONDITIONAL
 
 TUNED, TF32, GRAPH, MOST, OUR_GRAPH = "eager-tuned", "eager-tf32", "eager-graph", "compile-max", "gankern-graph"
 MAKE: dict[str, Callable[[Setting], Step]] = {

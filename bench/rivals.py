@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gankern.data import Batches, ImageData
+from gankern.data import Batches, Dataset
 from gankern.models import sample_latent
 from gankern.training import PRESETS, TrainConfig, Trainer, graph, precision
 
@@ -124,7 +124,7 @@ def objective(config: TrainConfig, target: Callable[[Tensor, float], Tensor]) ->
         return lambda real, fake: fake.mean() - real.mean(), lambda fake: -fake.mean()
     bce = nn.BCEWithLogitsLoss()
     return (
-        lambda real, fake: bce(real, target(real, config.real_label)) + bce(fake, target(fake, config.fake_label)),
+        lambda real, fake: bce(real, target(real, config.label_smoothing)) + bce(fake, target(fake, config.fake_label)),
         lambda fake: bce(fake, target(fake, 1.0)),
     )
 
@@ -341,5 +341,5 @@ def gankern_graph(setting: Setting) -> Step:
     trainer = Trainer(setting.generator, setting.critic, setting.config, device, capturable=True)
     times = max(1, min(256, 2**27 // real.numel()))  # a new epoch costs the host a copy of its order: as rare as in a real run
     labels = setting.labels[0].cpu().repeat(times) if setting.labels else None
-    data = ImageData(real.cpu().repeat(times, 1, 1, 1), labels, "bench")
+    data = Dataset(real.cpu().repeat(times, *(1,) * (real.dim() - 1)), labels, "bench")
     return graph.Graph(trainer, InOrder(data, len(real), device=device)).step

@@ -87,7 +87,7 @@ def save_grid(images, path, columns=8):
 
 def train(steps, batch_size, seed, out):
     lightning.seed_everything(seed)
-    digits = DataLoader(TensorDataset(load("mnist").images), batch_size, shuffle=True, drop_last=True)
+    digits = DataLoader(TensorDataset(load("mnist").samples), batch_size, shuffle=True, drop_last=True)
     gan = GAN()
     trainer = lightning.Trainer(max_steps=2 * steps, logger=False, enable_checkpointing=False)  # it counts both optimisers' steps
     trainer.fit(gan, digits)

@@ -18,7 +18,7 @@ from gankern.ops.interpolate import interpolate
 from gankern.ops.mlp_critic import mlp_critic_penalty
 
 OP = "gradient_penalty"
-SAMPLES = ("line", "real", "fake", "dragan")
+SAMPLES = ("line", "real", "fake", "both", "dragan")
 CLOSED_FORM = 2**20  # multiplications of one pass through the critic
 
 Critic = Callable[..., Tensor]
@@ -38,6 +38,7 @@ def gradient_penalty(
     cond: Condition = ...,
     eps: Tensor | None = ...,
     generator: torch.Generator | None = ...,
+    attached: bool = ...,
     return_norm: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -55,6 +56,7 @@ def gradient_penalty(
     cond: Condition = ...,
     eps: Tensor | None = ...,
     generator: torch.Generator | None = ...,
+    attached: bool = ...,
     return_norm: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -71,6 +73,7 @@ def gradient_penalty(
     cond: Condition = None,
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
+    attached: bool = False,
     return_norm: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """weight * mean_b (‖∇C(x̂_b)‖₂ - target)², the norm of each sample by itself; add it to the critic's loss.
@@ -82,13 +85,14 @@ def gradient_penalty(
     | 0-GP | `target=0` | the same |
     | R1 | `sample="real", target=0, weight=gamma / 2` | real |
     | R2 | `sample="fake", target=0, weight=gamma / 2` | fake |
+    | R1 + R2 | `sample="both", target=0, weight=gamma / 2`: the sum of the two | real and fake |
     | DRAGAN | `sample="dragan"` | real + 0.5 std(real) U, U uniform in [0, 1) for each element, std over the whole batch |
 
     The critic runs once, forward and backward, and its parameters get no gradient product in that pass: only the backward pass of
     the returned penalty makes those. An MLP critic (`gankern.nn.mlp_problem`) without dropout, of float32 or float64 on the CPU, is
     not run at all where the closed form of its penalty is faster: the same numbers, in 4 (L - 1) products for L layers with all
-    gradients. `real` and `fake` are detached: the penalty trains the critic alone. A critic that mixes samples (BatchNorm) has no
-    gradient of a sample by itself; use a norm that does not, as the paper says.
+    gradients. `real` and `fake` are detached, unless `attached`: the penalty trains the critic alone. A critic that mixes samples
+    (BatchNorm) has no gradient of a sample by itself; use a norm that does not, as the paper says.
 
     - Autocast: the critic runs in the autocast dtype, its input gradient and the penalty are float32. With float16 small gradients
       may underflow: use bfloat16.
@@ -108,10 +112,12 @@ def gradient_penalty(
         weight: factor, >= 0.
         target: gradient norm that costs nothing, >= 0.
         sided: "two" or "one".
-        sample: "line", "real", "fake" or "dragan".
-        cond: what the critic takes besides x̂: a tensor, or a tuple of arguments; passed on as given.
+        sample: "line", "real", "fake", "both" or "dragan".
+        cond: what the critic takes besides x̂: a tensor, or a tuple of arguments; passed on as given. For "both"
+            that of real, then that of fake.
         eps: [B], for `sample="line"`: instead of drawing.
         generator: source of eps or U; None is PyTorch's default generator on the samples' device.
+        attached: keep the graph of real and fake, which then have a gradient from the penalty (an unrolled GAN's generator).
         return_norm: return (penalty, mean of the norms), the second one detached.
 
     Returns:
@@ -126,13 +132,18 @@ def gradient_penalty(
 
     Source: Gulrajani et al., "Improved training of Wasserstein GANs", NeurIPS 2017, eq. 3; Petzka et al., "On the regularization of
     Wasserstein GANs", ICLR 2018 (one-sided); Mescheder et al., "Which training methods for GANs do actually converge?", ICML 2018,
-    eq. 9 (R1, R2); Kodali et al., "On convergence and stability of GANs", 2017, and the authors' code (DRAGAN).
+    eq. 9 (R1, R2); Huang et al., "The GAN is dead; long live the GAN!", NeurIPS 2024
+    (both); Kodali et al., "On convergence and stability of GANs", 2017, and the authors' code (DRAGAN).
     """
     _check(critic, real, fake, sided, sample, eps)
-    with torch.no_grad():
+    if attached:
         x = _points(real, fake, sample, eps, generator)
+    else:
+        with torch.no_grad():
+            x = _points(real, fake, sample, eps, generator).detach()
+    weight = 2 * weight if sample == "both" else weight  # the mean is one over twice as many
     more = cond if isinstance(cond, tuple) else () if cond is None else (cond,)
-    known = None if more else _closed_form(critic, x, target, sided, weight)
+    known = None if more or attached else _closed_form(critic, x, target, sided, weight)
     if known is not None:
         return known if return_norm else known[0]
     grad = _input_gradient(critic, x, more)
@@ -145,7 +156,7 @@ def _check(critic: Any, real: Any, fake: Any, sided: Any, sample: Any, eps: Any)
         checks.fail(TypeError, OP, "critic", "be callable", type(critic).__name__)
     checks.one_of(OP, "sided", sided, SIDES)
     checks.one_of(OP, "sample", sample, SAMPLES)
-    for argument, value, users in (("real", real, ("line", "real", "dragan")), ("fake", fake, ("line", "fake"))):
+    for argument, value, users in (("real", real, ("line", "real", "both", "dragan")), ("fake", fake, ("line", "fake", "both"))):
         if sample in users:
             checks.tensor(OP, argument, value)
             checks.floating(OP, argument, value)
@@ -153,19 +164,20 @@ def _check(critic: Any, real: Any, fake: Any, sided: Any, sample: Any, eps: Any)
                 checks.fail(ValueError, OP, argument, "have at least one dimension", "shape []")
     if eps is not None and sample != "line":
         checks.fail(ValueError, OP, "eps", 'be None unless sample is "line"', f"sample={sample!r}")
-    if sample == "line":
+    if sample in ("line", "both"):
         checks.shape(OP, "fake", fake, real.shape)
 
 
 def _points(real: Any, fake: Any, sample: str, eps: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    """x̂, detached."""
+    """x̂."""
     if sample == "line":
-        return interpolate(real.detach(), fake.detach(), eps, generator=generator)
+        return interpolate(real, fake, eps, generator=generator)
     if sample == "dragan":
-        x = real.detach()
-        noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        return x + 0.5 * x.std(correction=0) * noise
-    return (real if sample == "real" else fake).detach()
+        noise = torch.rand(real.shape, dtype=real.dtype, device=real.device, generator=generator)
+        return real + 0.5 * real.std(correction=0) * noise
+    if sample == "both":
+        return torch.cat([real, fake])
+    return real if sample == "real" else fake
 
 
 def _input_gradient(critic: Critic, x: Tensor, more: tuple[Any, ...]) -> Tensor:
@@ -174,7 +186,7 @@ def _input_gradient(critic: Critic, x: Tensor, more: tuple[Any, ...]) -> Tensor:
         return torch.func.grad(lambda v: _scores(critic, v, more).sum())(x)
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
+        x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()  # a node of its own: the critic may hang on x too
         scores = _scores(critic, x, more)
         try:
             (grad,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=graph)

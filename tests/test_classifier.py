@@ -20,7 +20,7 @@ def digits() -> tuple[Tensor, Tensor]:
     """The 10 000 test digits: [10000, 1, 28, 28] in [-1, 1], and their labels."""
     data = load("mnist", split="test")
     assert data.labels is not None
-    return to_float(data.images).to(DEVICE), data.labels.to(DEVICE)
+    return to_float(data.samples).to(DEVICE), data.labels.to(DEVICE)
 
 
 def test_accuracy_on_the_test_digits(digits: tuple[Tensor, Tensor]) -> None:
@@ -101,7 +101,7 @@ def test_the_bundled_classifier_is_frozen_small_and_shared() -> None:
 def test_training_learns_and_is_reproducible(digits: tuple[Tensor, Tensor]) -> None:
     data = load("mnist", limit=640)
     assert data.labels is not None
-    images, labels = to_float(data.images).to(DEVICE), data.labels.to(DEVICE)
+    images, labels = to_float(data.samples).to(DEVICE), data.labels.to(DEVICE)
     state = torch.get_rng_state()
     nets = [train_digit_classifier(images, labels, epochs=1, batch_size=16, seed=seed) for seed in (0, 0, 1)]
     assert torch.equal(torch.get_rng_state(), state)

@@ -27,6 +27,7 @@ from gankern.cli.probes import PROBES
 from gankern.ops import gan_loss, linear_lrelu
 from gankern.training import PRESETS, TrainConfig, checkpoint, precision
 from gankern.training.graph import Graph
+from gankern.training.networks import CONDITIONAL
 from gankern.training.trainer import Trainer
 from tests.replay import record
 
@@ -143,7 +144,9 @@ def test_plain_lines_now_and_then(images: Path, tmp_path: Path, capsys: Capture,
     assert train_main(["gan", "--data", str(images), "--outdir", str(tmp_path), *TINY, "--steps", "10", "--log-every", "5"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:-1]] == [["step", "5/10"], ["step", "10/10"]]
-    assert all(word in lines[1] for word in (" img/s ", " D ", " G ", "D(x) ", "D(G(z)) ", "ETA 0:"))
+    words = (" img/s, ", " d_loss ", " (1.376 when the critic cannot tell)", " g_loss ", "D(x) ", "D(G(z)) ", "ETA 0:")
+    assert all(word in lines[1] for word in words)
+    assert re.match(r"finished 10 steps: d_loss \d+\.\d{3} \(1\.376 when .*\), g_loss .*; samples: ", lines[-1])
 
 
 def test_live_bar_on_a_terminal(images: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +176,7 @@ def test_dry_run_tells_all_and_writes_nothing(images: Path, tmp_path: Path, caps
     assert "discriminator, 881 parameters" in text  # 108 * 8 + 8 + 8 + 1
     assert "100 images [3, 6, 6]" in text
     assert "device    cpu" in text
+    assert "at equilibrium (see gankern explain non-saturating)\n  d_loss         1.376\n" in text
     for op in ("linear_lrelu", "gan_loss"):
         assert any(line.split()[0] == op and line.split()[1] in backend.NAMES for line in text.splitlines() if line.strip())
 
@@ -180,15 +184,17 @@ def test_dry_run_tells_all_and_writes_nothing(images: Path, tmp_path: Path, caps
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_trains(preset: str, labelled: Path, tmp_path: Path, capsys: Capture) -> None:
     """Small networks, the preset's own settings else; the log counts the images of the data, not those of each critic update."""
-    batch = 20 if preset == "ctgan-like" else 6
-    flags = f"--steps 3 --log-every 3 --batch-size {batch} --conv-width 4 --z-dim 4 --g-widths 8 --d-widths 8 --device cpu".split()
-    assert train_main([preset, "--data", str(labelled), "--outdir", str(tmp_path), *flags]) == 0
-    run = tmp_path / f"00000-{preset}-kinds-b{batch}"
+    config = PRESETS[preset].config
+    batch = 20 if config.pack > 1 else 6
+    source = ["--data", str(labelled), "--size", str(config.size or 8)] if config.data == "mnist" else ["--limit", "500"]
+    flags = f"--steps 20 --log-every 20 --batch-size {batch} --conv-width 4 --z-dim 4 --g-widths 8 --d-widths 8 --device cpu"
+    assert train_main([preset, *source, "--outdir", str(tmp_path), *flags.split()]) == 0
+    (run,) = tmp_path.glob("00000-*")
     (row,) = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    rate, seconds = row["images_per_s"], row["time_s"]
-    assert abs(rate * seconds - 3 * batch) <= 0.06 * seconds + 0.0006 * rate  # they are rounded to 0.1 and to 0.001
-    assert (run / "fakes000003.png").is_file()
-    assert json.loads((run / "config.json").read_text())["classes"] == (3 if preset == "cgan" else 0)
+    rounding = 0.001 * row["images_per_s"] + 0.06 * row["time_s"]  # time_s is in milliseconds, images_per_s in tenths
+    assert abs(row["images_per_s"] * row["time_s"] - 20 * batch) <= rounding
+    assert (run / "fakes000020.png").is_file()
+    assert json.loads((run / "config.json").read_text())["classes"] == (3 if config.arch in CONDITIONAL else 0)
     assert sample(run, tmp_path / "x.npz", "--n", "5") == 0
     assert np.load(tmp_path / "x.npz")["samples"].shape[0] == 5
 
@@ -351,7 +357,7 @@ def test_folder_of_pictures_with_broken_files(tmp_path: Path, capsys: Capture) -
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([], "a preset must be named: gan, cgan, wgan-gp, sngan, dcgan-32, dcgan-64, ctgan-like (see gankern-train --help)"),
+        ([], f"a preset must be named: {', '.join(PRESETS)} (see gankern-train --help)"),
         (["wgan9"], f"preset must be one of {', '.join(PRESETS)}, got 'wgan9'"),
         (["gan", "--stepz", "3"], "Unrecognized options: --stepz, 3 (see gankern-train gan --help)"),
         (["gan", "--steps", "many"], "Error parsing --steps: invalid literal for int() with base 10: 'many'"),
@@ -360,7 +366,7 @@ def test_folder_of_pictures_with_broken_files(tmp_path: Path, capsys: Capture) -
         (["gan", "--precision", "tf32"], "train: precision must be fp32 or bf16 on cpu, got tf32"),
         (["gan", "--device", "tpu"], "device must be auto, cpu or cuda[:number], got 'tpu'"),
         (["gan", "--device", "cuda:99"], "device must be one that torch"),
-        (["gan", "--data", "/nowhere/x"], "data: source must be mnist, a folder"),
+        (["gan", "--data", "/nowhere/x"], "data: source must be mnist, "),
         (["gan", "--batch-size", "70000"], "data: batch_size must be at most the 60000 images of mnist, got 70000"),
         (["gan", "--outdir", "{file}/runs"], "Not a directory: {file}/runs"),
         (["gan", "--resume", "/nowhere/x"], "run: /nowhere/x must be a run directory or a checkpoint, got no such directory"),
@@ -460,7 +466,8 @@ def test_gankern_itself(capsys: Capture) -> None:
     assert all(name in listed for name in PRESETS)
     assert train_main(["--help"]) == 0
     assert "gan " in capsys.readouterr().out
-    assert "command must be train, sample, presets, doctor or bench, got 'fly'" in refused(capsys, main(["fly"]), "gankern")
+    names = "train, sample, presets, explain, doctor, reproduce or bench"
+    assert f"command must be {names}, got 'fly'" in refused(capsys, main(["fly"]), "gankern")
 
 
 def sample(run: Path, out: Path, *flags: str) -> int:

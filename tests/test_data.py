@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gankern.data import Batches, ImageData, batches, load, to_float
+from gankern.data import Batches, Dataset, batches, load, to_float
 from gankern.data.images import to_channels, to_size
 from tests.support import DEVICE
 
@@ -24,9 +24,9 @@ def pixels(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def numbered(n: int) -> ImageData:
+def numbered(n: int) -> Dataset:
     """Image i is [[i]], label i."""
-    return ImageData(torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1), torch.arange(n))
+    return Dataset(torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1), torch.arange(n))
 
 
 def says(kind: type[Exception], sentence: str) -> Any:
@@ -40,14 +40,14 @@ def test_mnist_is_the_whole_of_it() -> None:
     """Sizes, class counts and pixel statistics of the published data set."""
     train, test = load("mnist"), load("mnist", split="test")
     assert (len(train), len(test), train.shape, train.name) == (60_000, 10_000, (1, 28, 28), "mnist")
-    assert train.images.dtype == torch.uint8
+    assert train.samples.dtype == torch.uint8
     assert train.labels is not None
     assert torch.bincount(train.labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert test.labels is not None
     assert test.labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
     assert train.classes == tuple("0123456789")
     value = torch.arange(256) / 255
-    share = torch.bincount(train.images.flatten(), minlength=256) / train.images.numel()
+    share = torch.bincount(train.samples.flatten(), minlength=256) / train.samples.numel()
     mean = (share * value).sum()
     assert round(mean.item(), 4) == 0.1307
     assert round((share * (value - mean).square()).sum().sqrt().item(), 4) == 0.3081
@@ -55,12 +55,12 @@ def test_mnist_is_the_whole_of_it() -> None:
 
 def test_limit_size_and_channels_of_mnist() -> None:
     full, data = load("mnist", split="test"), load("mnist", split="test", size=32, channels=3, limit=50)
-    assert (len(data), data.shape, data.images.dtype) == (50, (3, 32, 32), torch.uint8)
+    assert (len(data), data.shape, data.samples.dtype) == (50, (3, 32, 32), torch.uint8)
     assert data.labels is not None
     assert full.labels is not None
     assert torch.equal(data.labels, full.labels[:50])
-    assert torch.equal(data.images[:, 0], data.images[:, 2])
-    assert torch.equal(load("mnist", split="test", limit=7).images, full.images[:7])
+    assert torch.equal(data.samples[:, 0], data.samples[:, 2])
+    assert torch.equal(load("mnist", split="test", limit=7).samples, full.samples[:7])
 
 
 # --- conversions ---------------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_lossless_pictures_come_back_exactly(tmp_path: Path, suffix: str) -> Non
     (tmp_path / "deep/._0.png").write_text("what macOS leaves behind")
     data = load(tmp_path)
     assert (data.shape, data.name, data.labels, data.classes, data.skipped) == ((3, 9, 7), tmp_path.name, None, (), ())
-    assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), np.stack(arrays))
+    assert np.array_equal(data.samples.permute(0, 2, 3, 1).numpy(), np.stack(arrays))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "jpeg", "webp"])
@@ -132,7 +132,7 @@ def test_lossy_pictures_come_back_nearly(tmp_path: Path, suffix: str) -> None:
     array = np.stack([np.tile(ramp, (64, 1)), np.tile(ramp, (64, 1)).T, np.full((64, 64), 99, np.uint8)], -1)
     save(tmp_path / f"a.{suffix}", array, quality=95)
     data = load(tmp_path)
-    assert np.abs(data.images[0].permute(1, 2, 0).numpy().astype(int) - array).mean() < 4
+    assert np.abs(data.samples[0].permute(1, 2, 0).numpy().astype(int) - array).mean() < 4
 
 
 def test_grey_and_colour_of_any_size_together(tmp_path: Path) -> None:
@@ -140,8 +140,8 @@ def test_grey_and_colour_of_any_size_together(tmp_path: Path) -> None:
     save(tmp_path / "b.jpg", pixels(16, 90, 3))
     data = load(tmp_path, size=16)
     assert (data.shape, len(data)) == ((3, 16, 16), 2)
-    assert torch.equal(data.images[0, 0], data.images[0, 1])
-    assert not torch.equal(data.images[1, 0], data.images[1, 1])
+    assert torch.equal(data.samples[0, 0], data.samples[0, 1])
+    assert not torch.equal(data.samples[1, 0], data.samples[1, 1])
     assert load(tmp_path, size=16, channels=1).shape == (1, 16, 16)
     with says(
         ValueError, "data: size must be given where pictures differ in size, got None, a.png of 30 x 40 and b.jpg of 90 x 16"
@@ -154,7 +154,7 @@ def test_only_grey_pictures_stay_grey(tmp_path: Path) -> None:
     save(tmp_path / "b.png", np.array([[0, 255]] * 2, np.uint8).repeat(3, 1)[:, :5].repeat(3, 0)[:5] > 127)
     data = load(tmp_path)
     assert data.shape == (1, 5, 5)
-    assert set(data.images[1].unique().tolist()) == {0, 255}
+    assert set(data.samples[1].unique().tolist()) == {0, 255}
     assert load(tmp_path, channels=3).shape == (3, 5, 5)
 
 
@@ -164,19 +164,19 @@ def test_modes_that_a_plain_conversion_ruins(tmp_path: Path) -> None:
     save(tmp_path / "b.png", np.array([[[1, 2, 3, 255], [9, 9, 9, 0]]] * 2, np.uint8))
     Image.fromarray(np.array([[[255, 0, 0], [0, 0, 255]]] * 2, np.uint8)).quantize(2).save(tmp_path / "c.png")
     Image.fromarray(np.array([[[0, 255, 255, 0]] * 2] * 2, np.uint8), "CMYK").convert("CMYK").save(tmp_path / "d.jpg", quality=100)
-    images = load(tmp_path).images
+    images = load(tmp_path).samples
     assert images[0].tolist() == [[[0, 100], [255, 7]]] * 3
     assert images[1, :, 0].T.tolist() == [[1, 2, 3], [255, 255, 255]]
     assert images[2, :, 0].T.tolist() == [[255, 0, 0], [0, 0, 255]]
     assert images[3].shape == (3, 2, 2)
-    assert load(tmp_path, channels=1).images[0].tolist() == [[[0, 100], [255, 7]]]
+    assert load(tmp_path, channels=1).samples[0].tolist() == [[[0, 100], [255, 7]]]
 
 
 def test_orientation_is_obeyed(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees to see it upright
     save(tmp_path / "a.png", np.array([[10, 20, 30], [40, 50, 60]], np.uint8), exif=exif)
-    assert load(tmp_path).images[0, 0].tolist() == [[40, 10], [50, 20], [60, 30]]
+    assert load(tmp_path).samples[0, 0].tolist() == [[40, 10], [50, 20], [60, 30]]
 
 
 def test_labels_from_sub_folders(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_labels_from_sub_folders(tmp_path: Path) -> None:
     assert data.classes == ("cat", "dog", "emu")
     assert data.labels is not None
     assert data.labels.tolist() == [0, 0, 1, 2]
-    assert data.images[:, 0, 0, 0].tolist() == [2, 1, 0, 3]
+    assert data.samples[:, 0, 0, 0].tolist() == [2, 1, 0, 3]
     save(tmp_path / "loose.png", pixels(2, 2))
     assert load(tmp_path).labels is None
 
@@ -204,7 +204,7 @@ def test_train_and_test_sub_folders_are_splits(tmp_path: Path) -> None:
     for part, value in (("train", 1), ("test", 2)):
         data = load(tmp_path, split=part)
         assert data.classes == ("a", "b")
-        assert data.images.unique().tolist() == [value]
+        assert data.samples.unique().tolist() == [value]
 
 
 def test_broken_files_are_skipped_and_named(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_broken_files_are_skipped_and_named(tmp_path: Path) -> None:
     assert data.classes == ("bad", "good")
     assert data.labels is not None
     assert data.labels.tolist() == [1]
-    assert np.array_equal(data.images[0].permute(1, 2, 0).numpy(), rng)
+    assert np.array_equal(data.samples[0].permute(1, 2, 0).numpy(), rng)
     (tmp_path / "good/a.png").unlink()
     with pytest.raises(
         ValueError, match=r"^data: source must hold a picture that can be read, got 6 broken in .*, first bad/bmp\.bmp: "
@@ -252,7 +252,7 @@ def test_folder_without_pictures(tmp_path: Path) -> None:
 def test_limit_of_a_folder_counts_files(tmp_path: Path) -> None:
     for i in range(5):
         save(tmp_path / f"{i}.png", np.full((2, 2), i, np.uint8))
-    assert load(tmp_path, limit=3).images[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert load(tmp_path, limit=3).samples[:, 0, 0, 0].tolist() == [0, 1, 2]
 
 
 def test_pillow_is_only_needed_for_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +280,7 @@ def test_idx_with_labels(tmp_path: Path, name: str, images_zip: bool, labels_zip
     beside.write_bytes(gzip.compress(idx(labels)) if labels_zip else idx(labels))
     for source in (path, tmp_path):
         data = load(source)
-        assert np.array_equal(data.images[:, 0].numpy(), images)
+        assert np.array_equal(data.samples[:, 0].numpy(), images)
         assert data.labels is not None
         assert data.labels.tolist() == labels.tolist()
         assert data.classes == ("0", "1", "2", "3")
@@ -344,7 +344,7 @@ def test_npz_keys(tmp_path: Path, key: str, label: str | None) -> None:
     np.savez_compressed(tmp_path / "a.npz", **{key: images}, **({label: np.array([[2], [0], [1], [2]])} if label else {}))
     data = load(tmp_path / "a.npz")
     assert (data.name, data.shape) == ("a", (1, 6, 5))
-    assert np.array_equal(data.images[:, 0].numpy(), images)
+    assert np.array_equal(data.samples[:, 0].numpy(), images)
     assert (None if data.labels is None else data.labels.tolist()) == ([2, 0, 1, 2] if label else None)
     assert data.classes == (("0", "1", "2") if label else ())
 
@@ -365,9 +365,9 @@ def test_layouts(tmp_path: Path, channels: int) -> None:
     np.save(tmp_path / "last.npy", images)
     np.save(tmp_path / "first.npy", np.asfortranarray(images.transpose(0, 3, 1, 2)))
     last, first = load(tmp_path / "last.npy"), load(tmp_path / "first.npy")
-    assert (last.shape, last.images.is_contiguous()) == ((channels, 6, 5), True)
-    assert torch.equal(last.images, first.images)
-    assert np.array_equal(last.images.permute(0, 2, 3, 1).numpy(), images)
+    assert (last.shape, last.samples.is_contiguous()) == ((channels, 6, 5), True)
+    assert torch.equal(last.samples, first.samples)
+    assert np.array_equal(last.samples.permute(0, 2, 3, 1).numpy(), images)
     assert "channels last" in last.note
     assert "channels first" in first.note
 
@@ -379,13 +379,13 @@ def test_floats_in_either_range(tmp_path: Path, dtype: str) -> None:
     np.save(tmp_path / "signed.npy", (unit * 2 - 1).astype(dtype))
     for name, low in (("unit", 0), ("signed", -1)):
         data = load(tmp_path / f"{name}.npy")
-        assert data.images.dtype == torch.float32
+        assert data.samples.dtype == torch.float32
         assert f"in [{low}, 1]" in data.note
-        assert (data.images.min().item(), data.images.max().item()) == (-1.0, 1.0)
+        assert (data.samples.min().item(), data.samples.max().item()) == (-1.0, 1.0)
         np.testing.assert_allclose(
-            data.images[:, 0].numpy(), unit.astype(np.float64) * 2 - 1, atol=2e-3 if dtype == "float16" else 1e-6
+            data.samples[:, 0].numpy(), unit.astype(np.float64) * 2 - 1, atol=2e-3 if dtype == "float16" else 1e-6
         )
-    assert torch.equal(next(Batches(data, 4)).sort(0).values, data.images.sort(0).values)  # no second scaling
+    assert torch.equal(next(Batches(data, 4)).sort(0).values, data.samples.sort(0).values)  # no second scaling
 
 
 def test_array_refusals(tmp_path: Path) -> None:
@@ -446,7 +446,8 @@ def test_label_refusals(tmp_path: Path, labels: np.ndarray, kind: type[Exception
         (
             {"source": "/no/such"},
             ValueError,
-            "source must be mnist, a folder of pictures, an IDX file or a .npz or .npy file, got '/no/such', which does not exist",
+            "source must be mnist, stacked-mnist, ring, grid, unrolled-ring, 8gaussians, 25gaussians, swissroll, a folder of "
+            "pictures, an IDX file or a .npz, .npy or .csv file, got '/no/such', which does not exist",
         ),
     ],
 )
@@ -455,19 +456,19 @@ def test_load_refusals(options: dict[str, Any], kind: type[Exception], sentence:
         load(**{"source": "mnist", **options})
 
 
-def test_image_data_refusals() -> None:
+def test_dataset_refusals() -> None:
     good = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
     cases: list[tuple[tuple[Any, ...], type[Exception], str]] = [
-        ((good.numpy(),), TypeError, "images must be a torch.Tensor, got ndarray"),
-        ((good.int(),), TypeError, "images must be uint8 or float32, got int32"),
-        ((good[0],), ValueError, "images must have 4 dimensions, got shape [1, 2, 2]"),
-        ((good[:0],), ValueError, "images must hold at least one pixel of one image, got shape [0, 1, 2, 2]"),
+        ((good.numpy(),), TypeError, "samples must be a torch.Tensor, got ndarray"),
+        ((good.int(),), TypeError, "samples must be uint8 or float32, got int32"),
+        ((good[0, 0, 0],), ValueError, "samples must have shape [N, ...], got [2]"),
+        ((good[:0],), ValueError, "samples must hold at least one number of one sample, got shape [0, 1, 2, 2]"),
         ((good, torch.zeros(3, dtype=torch.int64)), ValueError, "labels must have shape [4], got [3]"),
         ((good, torch.zeros(4)), TypeError, "labels must have dtype int64, got float32"),
     ]
     for arguments, kind, sentence in cases:
         with says(kind, f"data: {sentence}"):
-            ImageData(*arguments)
+            Dataset(*arguments)
 
 
 # --- batches -------------------------------------------------------------------------------------------------------------
@@ -481,10 +482,10 @@ def test_batches_are_the_images() -> None:
     again = Batches(data, 64, device=DEVICE)
     indices = again.indices().cpu()
     assert data.labels is not None
-    assert torch.equal(x.cpu(), data.images[indices].float() / 127.5 - 1)
+    assert torch.equal(x.cpu(), data.samples[indices].float() / 127.5 - 1)
     assert torch.equal(y.cpu(), data.labels[indices])
     assert torch.equal(next(Batches(data, 64, device=DEVICE)), x)
-    assert data.images.dtype == torch.uint8
+    assert data.samples.dtype == torch.uint8
 
 
 def test_float64_as_the_default_dtype_changes_nothing() -> None:
@@ -550,7 +551,7 @@ def test_a_state_is_not_changed_by_what_follows() -> None:
 
 
 def test_batches_refusals() -> None:
-    with says(ValueError, "data: batch_size must be at most the 8 images of images, got 9"):
+    with says(ValueError, "data: batch_size must be at most the 8 images of samples, got 9"):
         Batches(numbered(8), 9)
     with says(ValueError, "data: batch_size must be a finite number >= 1, got 0"):
         Batches(numbered(8), 0)
@@ -558,10 +559,10 @@ def test_batches_refusals() -> None:
         Batches(numbered(8), 4.0)  # type: ignore[arg-type]
     with says(ValueError, "data: seed must be a finite number >= 0, got -1"):
         Batches(numbered(8), 4, seed=-1)
-    with says(ValueError, "data: state must come from a data set of 9 images, got one of 8"):
+    with says(ValueError, "data: state must come from a data set of 9 samples, got one of 8"):
         Batches(numbered(9), 4).load_state_dict(Batches(numbered(8), 4).state_dict())
     with says(ValueError, "data: labels must be in the data, got none"):
-        Batches(ImageData(torch.zeros(4, 1, 2, 2)), 2).with_labels()
+        Batches(Dataset(torch.zeros(4, 1, 2, 2)), 2).with_labels()
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from gankern.training.graph import Compile, Eager, Graph, Losses, graph_problem,
 from tests import small
 from tests.replay import Recording, record
 
-STEPS = {"sngan": 20, "dcgan-32": 20, "dcgan-64": 20}  # the others 200
+LONG = ("gan", "cgan", "wgan-gp", "ctgan-like")  # 200 steps, the others 20
 # All that a step may have, in one small GAN.
 FULL = {"clip_gradients": 0.5, "clip_weights": 0.3, "g_dropout": 0.2, "g_norm": "batch", "latent": "uniform", "n_critic": 2}
 
@@ -67,14 +67,14 @@ def slower(engine: Eager, i: int, at: int) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_replays_equal_eager_steps(preset: str) -> None:
-    steps = STEPS.get(preset, 200)
+    steps = 200 if preset in LONG else 20
     eager, replayed = pair(preset)
     histories = [run(e, steps, lambda e, i: slower(e, i, steps // 2)) for e in (eager, replayed)]
     assert [i for i, (x, y) in enumerate(zip(*histories, strict=True)) if not torch.equal(x, y)] == []
     assert differences(eager, replayed) == []
     assert replayed.trainer.steps_done == steps
     assert replayed.known is replayed.batches.order  # copied once an epoch, not once a step
-    if preset not in STEPS:
+    if preset in LONG:
         assert replayed.batches.epoch >= 4
 
 
@@ -90,6 +90,13 @@ def test_replays_with_clipping_dropout_and_norms(backend_name: str) -> None:
     else:
         with gankern.use_backend(backend_name):
             both()
+
+
+@pytest.mark.parametrize("technique", small.TECHNIQUES)
+def test_replays_with_techniques(technique: str) -> None:
+    eager, replayed = pair("gan", n_critic=2, **small.TECHNIQUES[technique])
+    run(eager, 12), run(replayed, 12)
+    assert differences(eager, replayed) == []
 
 
 @pytest.mark.parametrize(("preset", "steps"), [("cgan", 20), ("wgan-gp", 10), ("sngan", 8), ("ctgan-like", 20)])
@@ -321,7 +328,7 @@ def test_reasons_against_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     t.__class__ = OwnStep
     assert graph_problem(t, stream) == "a graph knows Trainer.step, OwnStep has a step of its own"  # type: ignore[arg-type]
     stream.resident = False
-    monkeypatch.setattr(engines, "Losses", lambda size, device: None)
+    monkeypatch.setattr(engines, "Losses", lambda *_: None)
     assert graph_problem(t, stream) == "a graph needs the data on cuda, which has no room for it"  # type: ignore[arg-type]
     assert make("graph", t, stream).why == "a graph needs the data on cuda, which has no room for it"  # type: ignore[arg-type]
     t.clock = None

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import gankern
 from gankern.training import PRESETS, Trainer
-from gankern.training.adam import Adam
 from gankern.training.graph import LOSSES, Losses, make
+from gankern.training.optimizers import Adam
 from tests import small
 from tests.support import DEVICE, need
 from tests.test_graph import FULL, differences, pair, run, slower

@@ -17,6 +17,7 @@ LAYERS = (
     {"nn", "losses", "regularizers"},
     {"models"},
     {"training"},
+    {"reproduce"},
     {"cli", "__main__"},
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

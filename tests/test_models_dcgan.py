@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gankern.models import DCGANDiscriminator, DCGANGenerator
+from gankern.models.dcgan import DOWNSAMPLES, UPSAMPLES
 from tests.networks import (
     assert_fused_matches,
     assert_penalty_matches,
@@ -135,6 +136,14 @@ def test_networks_train(upsample: str, downsample: str, norm: str, bf16: bool) -
     torch.manual_seed(0)
     pair = DCGANGenerator(6, (1, 28, 28), 4, upsample), DCGANDiscriminator((1, 28, 28), 4, downsample, norm)
     assert_trains(*pair, randn(4, 1, 28, 28, seed=1, dtype=torch.float32), randn(4, 6, seed=2, dtype=torch.float32), bf16=bf16)
+
+
+@pytest.mark.parametrize("shape", [(c, side, side) for side in (28, 32, 64) for c in (1, 3)])
+def test_every_combination_builds_and_trains(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    real, z = randn(2, *shape, seed=1, dtype=torch.float32), randn(2, 3, seed=2, dtype=torch.float32)
+    for upsample, downsample in itertools.product(UPSAMPLES, DOWNSAMPLES):
+        assert_trains(DCGANGenerator(3, shape, 2, upsample), DCGANDiscriminator(shape, 2, downsample, "none"), real, z)
 
 
 @pytest.mark.parametrize("side", SIDES)

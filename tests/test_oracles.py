@@ -7,63 +7,19 @@ random level in each of B equal intervals: each batch has the law p, with little
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from gankern.models import MLPDiscriminator
+from gankern.reproduce.fgan import DATA, FITS, TABLE, Mixture, Normal, divergence, fit, normal
 from gankern.training import TrainConfig, Trainer
 
 pytestmark = pytest.mark.usefixtures("steady")
 
 LOG2 = math.log(2)
-
-
-class Normal(nn.Module):
-    """z -> mu + sigma z, two parameters: for z of N(0, 1) the law N(mu, sigma)."""
-
-    def __init__(self, mu: float = 0.0, sigma: float = 1.0) -> None:
-        super().__init__()
-        self.mu = nn.Parameter(torch.tensor(mu))
-        self.log_sigma = nn.Parameter(torch.tensor(sigma).log())
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.mu + self.log_sigma.exp() * z
-
-
-class Mixture:
-    """Sum of weights w, of normal laws with means m and deviations s: density and quantiles in float64."""
-
-    def __init__(self, *parts: tuple[float, float, float]) -> None:
-        self.w, self.m, self.s = torch.tensor(parts, dtype=torch.float64).unbind(1)
-        self.x = torch.linspace(-12, 15, 20_001, dtype=torch.float64)
-        self.cdf = (self.w * torch.special.ndtr((self.x[:, None] - self.m) / self.s)).sum(1)
-
-    def log_density(self, x: Tensor) -> Tensor:
-        gauss = -0.5 * ((x[:, None] - self.m) / self.s).square() - self.s.log() - 0.5 * math.log(2 * math.pi)
-        return (self.w.log() + gauss).logsumexp(1)
-
-    def quantiles(self, levels: Tensor) -> Tensor:
-        """[n] in (0, 1) -> [n, 1], float32."""
-        i = torch.searchsorted(self.cdf, levels).clamp(1, len(self.x) - 1)
-        share = (levels - self.cdf[i - 1]) / (self.cdf[i] - self.cdf[i - 1])
-        return torch.lerp(self.x[i - 1], self.x[i], share)[:, None].float()
-
-    def samples(self, batches: int, size: int, draws: torch.Generator) -> Tensor:
-        """[batches * size, 1], each batch with one sample in each of `size` equally likely intervals."""
-        levels = torch.arange(size) + torch.rand(batches, size, generator=draws, dtype=torch.float64)
-        return self.quantiles(levels.flatten() / size)
-
-    def sure(self, size: int) -> Tensor:
-        """[size, 1]: the middles of these intervals, for integrals."""
-        return self.quantiles((torch.arange(size) + 0.5) / size)
-
-
-def normal(mu: float, sigma: float) -> Mixture:
-    return Mixture((1.0, mu, sigma))
 
 
 def make(generator: Normal, config: TrainConfig, one_pass: bool = True, widths: tuple[int, ...] = (64, 64)) -> Trainer:
@@ -87,7 +43,7 @@ def train(trainer: Trainer, p: Mixture, steps: int, last: int, slower: float = 0
 
 def fixed(objective: str, **settings: object) -> TrainConfig:
     """A generator that stays as it is."""
-    return TrainConfig(objective=objective, z_dim=1, lr_g=0.0, batch_size=512, **settings)  # type: ignore[arg-type]
+    return TrainConfig(loss=objective, z_dim=1, lr_g=0.0, batch_size=512, **settings)  # type: ignore[arg-type]
 
 
 # --- the optimal discriminator
@@ -160,7 +116,7 @@ def test_penalty_of_a_linear_critic(penalty: str, length: float) -> None:
         critic = MLPDiscriminator((7,), ()).double()
         critic[0].weight.data.copy_(w)
         net = critic if one_pass else nn.Sequential(critic)
-        trainer = Trainer(Normal(), net, TrainConfig(objective="wgan", penalty=penalty, penalty_weight=1.0))  # type: ignore[arg-type]
+        trainer = Trainer(Normal(), net, TrainConfig(loss="wgan", penalty=penalty, penalty_weight=1.0))  # type: ignore[arg-type]
         for batch in (1, 3, 64):
             real, fake = torch.randn(2, batch, 7, dtype=torch.float64)
             with torch.no_grad():
@@ -170,32 +126,6 @@ def test_penalty_of_a_linear_critic(penalty: str, length: float) -> None:
 
 
 # --- f-GAN: the table of Nowozin et al. 2016, section 3.4, for another mixture and with the exact optima
-
-DATA = ((0.33, -1.0, math.sqrt(0.065)), (0.67, 2.0, math.sqrt(2.0)))
-# name: the divergence's integrand from log p and log q; its smallest value over all N(mu, sigma), and where that is
-FITS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float, float, float]] = {
-    "kl": (lambda p, q: p.exp() * (p - q), 0.2831, 1.0100, 1.8307),
-    "reverse-kl": (lambda p, q: q.exp() * (q - p), 0.2482, 1.5781, 1.6313),
-    "pearson": (lambda p, q: (p.exp() - q.exp()).square() / q.exp(), 0.6458, 0.5736, 1.9273),
-    "hellinger": (lambda p, q: ((p / 2).exp() - (q / 2).exp()).square(), 0.1347, 1.3129, 1.7326),
-    "jensen-shannon": (
-        lambda p, q: p.exp() * (p - torch.logaddexp(p, q) + LOG2) + q.exp() * (q - torch.logaddexp(p, q) + LOG2),
-        0.1281,
-        1.3068,
-        1.7539,
-    ),
-    "gan": (
-        lambda p, q: p.exp() * (p - torch.logaddexp(p, q)) + q.exp() * (q - torch.logaddexp(p, q)),
-        0.1281 - 2 * LOG2,
-        1.3068,
-        1.7539,
-    ),
-}
-
-
-def divergence(name: str, p: Mixture, mu: float, sigma: float) -> float:
-    """Of p from N(mu, sigma), by the trapezoidal rule."""
-    return torch.trapezoid(FITS[name][0](p.log_density(p.x), normal(mu, sigma).log_density(p.x)), p.x).item()
 
 
 @pytest.mark.parametrize("name", FITS)
@@ -211,19 +141,8 @@ def test_optima_by_quadrature(name: str) -> None:
 def test_fgan_fit(name: str) -> None:
     """N(mu, sigma) comes within 0.1 of the optimum, and the critic's bound stays below the divergence, and near it."""
     p, (_, _, mu, sigma) = Mixture(*DATA), FITS[name]
-    config = TrainConfig(
-        objective=f"fgan-{name}",
-        z_dim=1,
-        n_critic=4,
-        batch_size=256,
-        lr_g=1e-2,
-        lr_d=3e-3,
-        ema=0.99,  # type: ignore[arg-type]
-    )
-    trainer = make(Normal(), config)
-    train(trainer, p, 700, last=250)
-    assert trainer.ema is not None
-    got_mu, got_sigma = trainer.ema.model.mu.item(), trainer.ema.model.log_sigma.exp().item()
+    (config,) = (row.config for row in TABLE.rows if row.name == name)
+    trainer, got_mu, got_sigma = fit(config, last=250)
     assert got_mu == pytest.approx(mu, abs=0.1)
     assert got_sigma == pytest.approx(sigma, abs=0.1)
     q = normal(trainer.generator.mu.item(), trainer.generator.log_sigma.exp().item())

@@ -156,6 +156,9 @@ def test_r1_and_r2(backend: str) -> None:
         given = (real, None) if sample == "real" else (None, fake)
         got = gankern.gradient_penalty(critic, *given, weight=gamma / 2, target=0.0, sample=sample)
         assert_same(got, want, critic)
+    both = gankern.gradient_penalty(critic, real, fake, weight=gamma / 2, target=0.0, sample="both")
+    alone = [gankern.gradient_penalty(critic, real, fake, weight=gamma / 2, target=0.0, sample=s) for s in ("real", "fake")]
+    assert_same(both, alone[0] + alone[1], critic)
 
 
 def test_dragan_perturbs_real_samples_by_half_their_deviation(backend: str) -> None:
@@ -761,7 +764,12 @@ def score(x: Tensor) -> Tensor:
 
 REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
     "critic is a tensor": ((X, X, X), {}, TypeError, f"{OP}: critic must be callable, got Tensor"),
-    "sample": ((score, X, X), {"sample": "both"}, ValueError, f"{OP}: sample must be one of line, real, fake, dragan, got 'both'"),
+    "sample": (
+        (score, X, X),
+        {"sample": "all"},
+        ValueError,
+        f"{OP}: sample must be one of line, real, fake, both, dragan, got 'all'",
+    ),
     "sided": ((score, X, X), {"sided": "both"}, ValueError, f"{OP}: sided must be one of two, one, got 'both'"),
     "no fake": ((score, X, None), {}, TypeError, f"{OP}: fake must be a torch.Tensor, got NoneType"),
     "no real": ((score, None, X), {"sample": "dragan"}, TypeError, f"{OP}: real must be a torch.Tensor, got NoneType"),

@@ -27,7 +27,7 @@ from gankern.training import Trainer, checkpoint
 FLAGS = (
     "--z-dim 4 --g-widths 8 --d-widths 16 8 --batch-size 16 --device cpu --ema 0.9 --g-norm batch --g-dropout 0.1 --d-dropout 0.3"
 )
-FLAGS += " --real-label 0.9 --log-every 1 --sample-every 0 --checkpoint-every 0"
+FLAGS += " --label-smoothing 0.9 --log-every 1 --sample-every 0 --checkpoint-every 0"
 NAME = "00000-gan-dots-b16"
 Capture = pytest.CaptureFixture[str]
 

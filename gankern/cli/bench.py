@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -35,8 +36,13 @@ def command(arguments: list[str]) -> int:
     parser.add_argument("--plot", type=Path, metavar="F", help="draw speed-up against batch size here (.png, .svg, .pdf)")
     options = parser.parse_args(arguments)
     with refusing():
-        _check(options.op, options.preset, options.batch, options.rounds)
+        if backend.forced() is not None:
+            raise Refused(f"GANKERN_BACKEND must be unset for benches, got {backend.forced()!r}")
         run, report, support = (_checkout(name) for name in ("run", "report", "support"))
+        for name in options.preset:
+            if name not in run.PRESETS:
+                raise Refused(f"--preset must be one of {', '.join(run.PRESETS)}, got {name!r}")
+        _check(options.op, options.preset or run.PRESETS, bool(options.preset), options.batch, options.rounds)
         for op in options.op:
             if op not in run.OPS:
                 raise Refused(f"--op must be one of {', '.join(run.OPS)}, got {op!r}")
@@ -64,20 +70,15 @@ def command(arguments: list[str]) -> int:
     return 1 if failures else 0
 
 
-def _check(ops: list[str], presets: list[str], sizes: list[int], rounds: int) -> None:
-    if backend.forced() is not None:
-        raise Refused(f"GANKERN_BACKEND must be unset for benches, got {backend.forced()!r}")
-    for name in presets:
-        if name not in PRESETS:
-            raise Refused(f"--preset must be one of {', '.join(PRESETS)}, got {name!r}")
+def _check(ops: list[str], presets: Sequence[str], named: bool, sizes: list[int], rounds: int) -> None:
     if rounds < 0:
         raise Refused(f"--rounds must be >= 0, got {rounds}")
-    if sizes and ops and not presets:
+    if sizes and ops and not named:
         raise Refused("--batch must come with a --preset: an op has sizes of its own")
     for size in sizes:
         if size < 2:  # of one sample BatchNorm has no variance
             raise Refused(f"--batch must be >= 2, got {size}")
-        for name in presets or PRESETS:
+        for name in presets:
             if size % (pack := PRESETS[name].config.pack):
                 raise Refused(f"--batch must be a multiple of {pack}, the samples in a pack of {name}, got {size}")
 

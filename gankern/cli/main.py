@@ -1,4 +1,4 @@
-"""Entry points: `gankern train|sample|presets|doctor|bench` and `gankern-train`."""
+"""Entry points: `gankern train|sample|presets|explain|doctor|reproduce|bench` and `gankern-train`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ USAGE = """usage: gankern COMMAND ...
 
 commands:
   train PRESET ...   train a GAN; also called gankern-train
-  sample RUN ...     draw samples from a run: a picture, a folder of pictures, or a .npz
+  sample RUN ...     draw samples from a run: a picture, a folder of pictures, a .npz or a .csv
   presets            list the presets
+  explain LOSS       what an objective minimises, the values to expect in the log, signs of failure; without LOSS all are listed
   doctor             versions, devices, what is built, and what each op runs on
+  reproduce TABLE    run a published table again, with a verdict
   bench              measure presets and ops against PyTorch (from a checkout)
 
 gankern COMMAND --help says more; gankern --version prints the version.
@@ -36,8 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": _train,
         "sample": _sample,
         "presets": _presets,
+        "explain": _explain,
         "doctor": _doctor,
         "bench": _bench,
+        "reproduce": _reproduce,
     }
     if name not in commands:
         return _call("gankern", _no_command, name)
@@ -61,7 +65,7 @@ def _call(prog: str, command: Callable[..., int], *arguments: object) -> int:
 
 
 def _no_command(name: str) -> int:
-    raise Refused(f"command must be train, sample, presets, doctor or bench, got {name!r} (see gankern --help)")
+    raise Refused(f"command must be train, sample, presets, explain, doctor, reproduce or bench, got {name!r} (see gankern --help)")
 
 
 def _train(arguments: list[str]) -> int:
@@ -82,6 +86,12 @@ def _presets(arguments: list[str]) -> int:
     return train.list_presets(arguments)
 
 
+def _explain(arguments: list[str]) -> int:
+    from gankern.cli import explain
+
+    return explain.command(arguments)
+
+
 def _doctor(arguments: list[str]) -> int:
     from gankern.cli import doctor
 
@@ -92,3 +102,9 @@ def _bench(arguments: list[str]) -> int:
     from gankern.cli import bench
 
     return bench.command(arguments)
+
+
+def _reproduce(arguments: list[str]) -> int:
+    from gankern.cli import reproduce
+
+    return reproduce.command(arguments)

@@ -6,16 +6,21 @@ import sys
 import time
 from datetime import timedelta
 
+from gankern.cli.explain import Reader
+
 QUIET_S = 10.0
 
 
 class Progress:
-    """Redrawn by `update` only, so that no thread of its own runs beside the training."""
+    """Redrawn by `update` only, so that no thread of its own runs beside the training.
 
-    def __init__(self, steps: int, first: int, batch_size: int) -> None:
+    A plain line has room for the values to expect; the live one has only the numbers.
+    """
+
+    def __init__(self, steps: int, first: int, batch_size: int, reader: Reader) -> None:
         from rich import progress
 
-        self.steps, self.batch_size = steps, batch_size
+        self.steps, self.batch_size, self.reader = steps, batch_size, reader
         self.printed = time.monotonic()
         self.bar: progress.Progress | None = None
         if sys.stdout.isatty():
@@ -35,12 +40,11 @@ class Progress:
         """Show a row of log.jsonl."""
         step = int(row["step"])
         left = timedelta(seconds=round((self.steps - step) * self.batch_size / max(row["images_per_s"], 0.1)))
-        words = (
-            f"{row['images_per_s']:.0f} img/s D {row['d_loss']:.3f} G {row['g_loss']:.3f} "
-            f"D(x) {row['d_real']:.2f} D(G(z)) {row['d_fake']:.2f} ETA {left}"
-        )
+        speed = f"{row['images_per_s']:.0f} img/s"
+        scores = "".join(f" {name} {value:.2f}" for name, value in self.reader.scores(row))
         if self.bar is not None:
+            words = f"{speed} D {row['d_loss']:.3f} G {row['g_loss']:.3f}{scores} ETA {left}"
             self.bar.update(self.task, completed=step, description=words, refresh=True)
         elif time.monotonic() - self.printed >= QUIET_S:
             self.printed = time.monotonic()
-            print(f"step {step}/{self.steps}  {words}", flush=True)
+            print(f"step {step}/{self.steps}  {speed}, {self.reader.losses(row)},{scores}, ETA {left}", flush=True)

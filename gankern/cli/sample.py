@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from gankern.cli.common import Parser, Refused, need, pick_device, refusing
+from gankern.cli.train import load_data
+from gankern.data import Table
 from gankern.models import sample_latent
 from gankern.training import PRESETS, checkpoint, pictures, run_dir
 from gankern.training.trainer import generate
+from gankern.training.views import coverage_of, view_of
 
 
 def command(arguments: list[str]) -> int:
@@ -20,7 +24,8 @@ def command(arguments: list[str]) -> int:
     parser.add_argument(
         "--out",
         default="samples.png",
-        help="x.png: one picture with all; x.npz: array `samples` float32 [n, C, H, W] in [-1, 1]; a folder: one PNG each "
+        help="x.png: one picture with all; x.npz: array `samples` float32 [n, C, H, W] in [-1, 1], of points and tables "
+        "float64 [n, F] in the units of the data; x.csv: these, under the names of the columns; a folder: one PNG each "
         "(default: samples.png)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the latent vectors (default: 0)")
@@ -38,10 +43,13 @@ def command(arguments: list[str]) -> int:
             raise Refused(f"--n must be >= 1, got {options.n}")
         if not 0 <= options.seed < 2**62:
             raise Refused(f"--seed must be in [0, 2^62), got {options.seed}")
-        if kind not in (".png", ".npz", "") and not out.is_dir():
-            raise Refused(f"--out must end in .png or .npz or be a folder, got {options.out!r}")
         device = pick_device(options.device)
         run, saved = run_dir.locate(Path(options.run))
+        images = len(run.shape) == 3
+        if images and kind not in (".png", ".npz", "") and not out.is_dir():
+            raise Refused(f"--out must end in .png or .npz or be a folder, got {options.out!r}")
+        if not images and kind not in (".png", ".npz", ".csv"):
+            raise Refused(f"--out must end in .png, .npz or .csv for samples that are no images, got {options.out!r}")
         if saved is None:
             raise Refused(f"{run.path} must have a checkpoint, got none")
         if run.preset not in PRESETS:
@@ -61,8 +69,11 @@ def command(arguments: list[str]) -> int:
         if run.classes:
             columns = min(run.classes, options.n) if options.label is None else None
             labels = [torch.arange(options.n) % run.classes if options.label is None else torch.full((options.n,), options.label)]
-        samples = generate(generator.to(device), *(t.to(device) for t in (z, *labels))).float().cpu()
-        if out.is_dir() or kind == "":
+        torch.manual_seed(options.seed)  # of the dropout, where it stays
+        samples = generate(generator.to(device), *(t.to(device) for t in (z, *labels)), dropout=run.config.sample_dropout)
+        samples = samples.float().cpu()
+        table = run.table or Table.plain(run.shape[0])
+        if images and (out.is_dir() or kind == ""):
             out.mkdir(parents=True, exist_ok=True)
             digits = len(str(options.n - 1))
             for i, picture in enumerate(pictures.to_uint8(samples)):
@@ -71,8 +82,17 @@ def command(arguments: list[str]) -> int:
             out.parent.mkdir(parents=True, exist_ok=True)
             if kind == ".npz":
                 with out.open("wb") as file:
-                    np.savez(file, samples=samples.numpy())
-            else:
+                    np.savez(file, samples=(samples if images else table.restore(samples)).numpy())
+            elif kind == ".csv":
+                with out.open("w", newline="", encoding="utf-8") as file:
+                    rows = ([f"{value:.9g}" for value in row] for row in table.restore(samples).tolist())
+                    csv.writer(file).writerows([table.columns, *rows])
+            elif images:
                 pictures.save_png(out, pictures.grid(samples, columns))
+            else:
+                need("matplotlib")
+                dataset = load_data(run.config)
+                picture = view_of(dataset).fakes(samples, run_dir.step_of(saved), coverage=coverage_of(dataset, samples))
+                pictures.save_png(out, picture)
     print(f"{options.n} samples of {run.path} after step {run_dir.step_of(saved)} ({source} weights) in {out}")
     return 0

@@ -23,14 +23,14 @@ from torch import Tensor
 import gankern
 from gankern import data
 from gankern.cli.common import Parser, Refused, need, pick_device, refusing
+from gankern.cli.explain import Reader
 from gankern.cli.progress import Progress
 from gankern.models import sample_latent
 from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, pictures, precision, run_dir
 from gankern.training.graph import Eager, Pending, make
-from gankern.training.presets import CONDITIONAL
-from gankern.training.run_dir import RunDir
-
-PREVIEW = 64  # samples in a picture, at most
+from gankern.training.networks import CONDITIONAL
+from gankern.training.run_dir import MODES, RunDir
+from gankern.training.views import coverage_of, view_of
 
 
 def command(arguments: list[str]) -> int:
@@ -59,7 +59,7 @@ def list_presets(arguments: list[str]) -> int:
 
 def _print_presets() -> None:
     for name, preset in PRESETS.items():
-        print(f"  {name:<16} {preset.summary}")
+        print(f"  {name:<16} {preset.summary} ({preset.source})\n{'':<18} expect: {preset.expect}")
 
 
 def parse(preset: str, arguments: list[str]) -> TrainConfig:
@@ -109,7 +109,7 @@ class Ready(NamedTuple):
     config: TrainConfig
     trainer: Trainer
     batches: data.Batches
-    images: data.ImageData
+    dataset: data.Dataset
     classes: int
     run: RunDir
     seconds: float
@@ -119,40 +119,40 @@ class Ready(NamedTuple):
 def prepare(preset: str, config: TrainConfig) -> Ready | None:
     """All that may refuse: device, data, models, the run to resume. Returns None if all is done."""
     device = pick_device(config.device)
-    if config.data != "mnist":  # the run is found again from another folder too
+    if config.data not in data.NAMES:  # the run is found again from another folder too
         config = dataclasses.replace(config, data=str(Path(config.data).expanduser().resolve()))
     run, saved = find_run(preset, config)
     step = 0 if saved is None else run_dir.step_of(saved)
     if run is not None and step >= config.steps:
         print(f"{run.path} is finished: {step} steps made, {config.steps} asked for; nothing to do")
         return None
-    images = data.load(config.data, size=config.size or None, channels=config.channels or None, limit=config.limit or None)
-    if images.skipped:
-        print(
-            f"skipped {len(images.skipped)} unreadable files: {', '.join(images.skipped[:5])}{' ...' * (len(images.skipped) > 5)}"
-        )
+    dataset = load_data(config)
+    if skipped := dataset.skipped:
+        print(f"skipped {len(skipped)} unreadable files: {', '.join(skipped[:5])}{' ...' * (len(skipped) > 5)}")
     needed = config.batch_size * config.n_critic
-    if config.n_critic > 1 and needed > len(images):
-        words = f"batch_size * n_critic must be at most the {len(images)} images of {images.name}"
+    if config.n_critic > 1 and needed > len(dataset):
+        words = f"batch_size * n_critic must be at most the {len(dataset)} {dataset.kind} of {dataset.name}"
         raise Refused(f"{words}, got {config.batch_size} * {config.n_critic} = {needed}")
-    classes = count_classes(config, images, run)
+    classes = count_classes(config, dataset, run)
+    if run is not None and run.table != dataset.table:
+        raise Refused(f"resume: data must have the columns of {run.path}, with their means and deviations, got others")
     torch.manual_seed(config.seed)
-    trainer = Trainer(*PRESETS[preset].build(config, images.shape, classes), config, device)
-    batches = data.Batches(images, needed, seed=config.seed, device=device)
+    trainer = Trainer(*PRESETS[preset].build(config, dataset.shape, classes), config, device)
+    batches = data.Batches(dataset, needed, seed=config.seed, device=device)
     seconds = 0.0
     if saved is not None:
         seconds = restore(trainer, batches, saved)
     if config.dry_run:
-        describe(preset, config, trainer, images, run)
+        describe(preset, config, trainer, dataset, run)
         return None
     engine = make(config.engine, trainer, batches)
-    facts = {"data_name": images.name, "images": len(images), "versions": versions(), "device_used": str(device)}
+    facts = {"data_name": dataset.name, dataset.kind: len(dataset), "versions": versions(), "device_used": str(device)}
     if run is None:
-        run = RunDir.create(preset, config, images.name, images.shape, facts, classes)
-        print(f"new run {run.path}: {len(images)} images of {images.name} {list(images.shape)}, on {device}")
+        run = RunDir.create(preset, config, dataset.name, dataset.shape, facts, classes, dataset.table)
+        print(f"new run {run.path}: {len(dataset)} {dataset.kind} of {dataset.name} {list(dataset.shape)}, on {device}")
     else:
-        run.rewind(step)
-        run_dir.write_config(run.path, preset, config, images.shape, facts, classes)
+        run.rewind(step if saved else -1)
+        run_dir.write_config(run.path, preset, config, dataset.shape, facts, classes, dataset.table)
         print(f"continuing {run.path} after step {step}" if saved else f"{run.path} has no checkpoint yet: starting it over")
     if engine.why:
         print(f"engine {engine.name}: {engine.why}")
@@ -160,14 +160,20 @@ def prepare(preset: str, config: TrainConfig) -> Ready | None:
         cost = precision.bf16_cost(device)
         if cost > 1.0:
             print(f"note: bfloat16 products take {cost:.1f} times as long as float32 ones on this CPU; --precision fp32 is faster")
-    return Ready(config, trainer, batches, images, classes, run, seconds, engine)
+    return Ready(config, trainer, batches, dataset, classes, run, seconds, engine)
 
 
-def count_classes(config: TrainConfig, images: data.ImageData, run: RunDir | None) -> int:
+def load_data(config: TrainConfig) -> data.Dataset:
+    """The data of a run."""
+    size, channels, limit = (value or None for value in (config.size, config.channels, config.limit))
+    return data.load(config.data, size=size, channels=channels, limit=limit, seed=config.seed)
+
+
+def count_classes(config: TrainConfig, dataset: data.Dataset, run: RunDir | None) -> int:
     """How many classes a conditional model has: those of the data, of a resumed run its own. 0: it is not conditional."""
-    if config.arch not in CONDITIONAL or images.labels is None:  # the networks refuse to be built without
+    if config.arch not in CONDITIONAL or dataset.labels is None:  # the networks refuse to be built without
         return 0
-    found = max(len(images.classes), int(images.labels.max()) + 1)
+    found = max(len(dataset.classes), int(dataset.labels.max()) + 1)
     if run is not None and run.classes != found:
         raise Refused(f"resume: data must have the {run.classes} classes of {run.path}, got {found}")
     return found
@@ -234,11 +240,11 @@ class Stop:
 
 def fit(preset: str, ready: Ready) -> int:
     """The loop: steps, log, pictures, checkpoints. Returns the exit status."""
-    config, trainer, images, run, engine = ready.config, ready.trainer, ready.images, ready.run, ready.engine
+    config, trainer, run, engine = ready.config, ready.trainer, ready.run, ready.engine
     reporter = Reporter(ready)
     with Stop() as stop, reporter:
         if trainer.steps_done == 0:
-            reporter.begin(images)
+            reporter.begin()
         while trainer.steps_done < config.steps and not stop.signal and not reporter.bad:
             done = trainer.steps_done
             events = [config.steps, *(next_multiple(done, every) for every in periods(config))]
@@ -262,7 +268,9 @@ def fit(preset: str, ready: Ready) -> int:
         words = ["gankern-train", preset, *flags(preset, dataclasses.replace(config, resume=str(run.path)))]
         print(f"stopped after step {trainer.steps_done}, all saved; to resume: {shlex.join(words)}")
         return 128 + stop.signal
-    print(f"finished {config.steps} steps; samples: {run.path / f'fakes{config.steps:06d}.png'}; more: gankern sample {run.path}")
+    losses = f": {Reader(config).losses(reporter.last)}" if reporter.last else ""
+    where = f"samples: {run.path / f'fakes{config.steps:06d}.png'}; more: gankern sample {run.path}"
+    print(f"finished {config.steps} steps{losses}; {where}")
     return 0
 
 
@@ -286,14 +294,13 @@ class Reporter:
         config, trainer = self.config, self.trainer
         # Own generator: the same latents in each picture and after each resume, and none taken from the training's stream.
         latents = torch.Generator().manual_seed(config.seed + 2)
-        classes = ready.classes
-        count = PREVIEW - PREVIEW % classes if 0 < classes <= PREVIEW else PREVIEW
-        self.labels = [torch.arange(count) % classes] if classes else []
-        self.columns = classes if 0 < classes <= PREVIEW else None  # one class a column
-        self.z = sample_latent(count, config.z_dim, config.latent, latents)
+        self.dataset, self.view = ready.dataset, view_of(ready.dataset, ready.classes)
+        self.labels = [torch.arange(self.view.count) % ready.classes] if ready.classes else []
+        self.z = sample_latent(self.view.count, config.z_dim, config.latent, latents)
         first = trainer.steps_done
         self.board = SummaryWriter(str(self.run.path), purge_step=first + 1 if first else None)
-        self.progress = Progress(config.steps, first, config.batch_size)
+        self.progress = Progress(config.steps, first, config.batch_size, Reader(config))
+        self.last: dict[str, float] = {}  # row of log.jsonl
         self.saved_step = first or -1
         self.logged_step = first
         self.pending: list[Pending] = []
@@ -304,9 +311,12 @@ class Reporter:
         self.progress.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, fault: object, *_: object) -> None:
         self.progress.__exit__()
         self.board.close()
+        frames = [path for _, path in self.run.fakes()]
+        if frames and fault is None and self.dataset.kind != "images":
+            pictures.animate(self.run.path / "training.gif", frames)
 
     @contextlib.contextmanager
     def _off_the_clock(self) -> Any:
@@ -315,11 +325,10 @@ class Reporter:
         yield
         self.mark += time.perf_counter() - start
 
-    def begin(self, images: data.ImageData) -> None:
-        """reals.png: real images spread evenly over the data; fakes_init.png: samples before training."""
+    def begin(self) -> None:
+        """reals.png: real samples spread evenly over the data; fakes_init.png: samples before training."""
         with self._off_the_clock():
-            chosen = torch.linspace(0, len(images) - 1, min(PREVIEW, len(images))).long()
-            self._picture("reals", "reals.png", data.to_float(images.images[chosen]))
+            self._picture("reals", "reals.png", self.view.reals())
         self.sample("fakes_init.png")
 
     def log(self) -> None:
@@ -346,6 +355,7 @@ class Reporter:
         self.logged_step = step
         row = {"step": step, "time_s": round(self.seconds, 3), "images_per_s": round(rate, 1), **values}
         self.run.log(row)
+        self.last = row
         for name in ("d_loss", "g_loss"):
             self.board.add_scalar(f"loss/{name}", row[name], step)
         for name in ("d_real", "d_fake"):
@@ -354,11 +364,19 @@ class Reporter:
         self.progress.update(row)
 
     def sample(self, name: str) -> None:
+        """A picture; and a row of modes.jsonl where the modes of the data are known."""
         with self._off_the_clock():
-            self._picture("fakes", name, self.trainer.sample(self.z, *self.labels), self.columns)
+            step, samples = self.trainer.steps_done, self.trainer.sample(self.z, *self.labels)
+            coverage = coverage_of(self.dataset, samples)
+            if coverage is not None:
+                row = {"modes": coverage.found, "high_quality": coverage.high_quality, "reverse_kl": coverage.reverse_kl}
+                self.run.log({"step": step, **row}, MODES)
+                for key, value in row.items():
+                    self.board.add_scalar(f"modes/{key}", value, step)
+            critic = self.trainer.discriminator if self.trainer.critic.learns and not self.labels else None
+            self._picture("fakes", name, self.view.fakes(samples, step, critic, coverage))
 
-    def _picture(self, tag: str, name: str, samples: Tensor, columns: int | None = None) -> None:
-        picture = pictures.grid(samples, columns)
+    def _picture(self, tag: str, name: str, picture: Tensor) -> None:
         pictures.save_png(self.run.path / name, picture)
         self.board.add_image(tag, picture.numpy(), self.trainer.steps_done, dataformats="HWC")
 
@@ -373,7 +391,7 @@ class Reporter:
             self.run.save(state | {"device": self.trainer.device.type, "time_s": seconds}, self.config.keep)
             rows = self.run.rows()
             if rows:
-                pictures.plot_losses(self.run.path / "losses.png", rows, self.run.path.name)
+                pictures.plot_losses(self.run.path / "losses.png", rows, self.run.path.name, self.progress.reader.names)
             self.board.flush()
         self.saved_step = step
 
@@ -382,17 +400,21 @@ def versions() -> dict[str, str]:
     return {"gankern": gankern.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def describe(preset: str, config: TrainConfig, trainer: Trainer, images: data.ImageData, run: RunDir | None) -> None:
+def describe(preset: str, config: TrainConfig, trainer: Trainer, dataset: data.Dataset, run: RunDir | None) -> None:
     """What --dry-run prints."""
     from gankern.cli.doctor import backends
 
-    print(f"preset {preset}: {PRESETS[preset].summary}\n\nsettings")
+    row = PRESETS[preset]
+    print(f"preset {preset}: {row.summary} ({row.source})\nexpect: {row.expect}\n\nsettings")
     for name, value in config.to_json().items():
         print(f"  {name:<18} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
-    print(f"\ndata      {len(images)} images {list(images.shape)}: {images.note}\ndevice    {trainer.device}\n")
+    print(f"\ndata      {len(dataset)} {dataset.kind} {list(dataset.shape)}: {dataset.note}\ndevice    {trainer.device}\n")
     for role, model in (("generator", trainer.generator), ("discriminator", trainer.discriminator)):
         print(f"{role}, {sum(p.numel() for p in model.parameters()):,} parameters\n{model}\n")
-    print("ops")
+    print(f"at equilibrium (see gankern explain {config.objective})")
+    for name, words in Reader(config).equilibrium():
+        print(f"  {name:<14} {words}")
+    print("\nops")
     for op, name, why in backends(trainer.device):
         print(f"  {op:<14} {name:<10} {why}")
     where = f"a new directory under {config.outdir}" if run is None else f"{run.path}, continued after step {trainer.steps_done}"

@@ -1,9 +1,10 @@
-"""NumPy files, .npz and .npy, as image data; nothing pickled is loaded."""
+"""NumPy files, .npz and .npy, as images or tables; nothing pickled is loaded."""
 
 from __future__ import annotations
 
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from gankern import checks
-from gankern.data.images import OP, ImageData
+from gankern.data.dataset import OP, Dataset
+from gankern.data.tables import standardised
 
 ARRAY_SUFFIXES = (".npz", ".npy")
 IMAGE_KEYS = {"train": ("x_train", "images", "samples", "x"), "test": ("x_test",)}
@@ -19,8 +21,8 @@ LABEL_KEYS = {"train": ("y_train", "labels", "y"), "test": ("y_test",)}
 CHANNELS = (1, 3)
 
 
-def read_arrays(path: Path, split: str) -> ImageData:
-    """Read images, and labels if there are some; see `load` for keys, layouts and ranges."""
+def read_arrays(path: Path, split: str, limit: int | None) -> Dataset:
+    """Read images or a table, and labels if there are some; see `load` for keys, layouts and ranges."""
     try:
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
@@ -36,13 +38,20 @@ def read_arrays(path: Path, split: str) -> ImageData:
     if array is None:
         wanted = f"have an array called {', '.join(IMAGE_KEYS[split])}, or only one"
         checks.fail(ValueError, OP, "source", wanted, f"{', '.join(sorted(arrays)) or 'none'} in {path}")
-    images, note = _images(array)
-    note = f"{key} {list(array.shape)} {note}"
+    note = f"{key} {list(array.shape)}"
+    if array.ndim == 2 and array.dtype.kind in "fiu" and array.dtype != np.uint8:
+        if split == "test":
+            checks.fail(ValueError, OP, "split", "be train for a table", split)
+        columns = [f"x{i + 1}" for i in range(array.shape[1])]
+        data = standardised(array[:limit], columns, path, f"{note} {array.dtype.name}")
+    else:
+        images, found = _images(array)
+        data = Dataset(images[:limit], name=path.stem, note=f"{note} {found}")
     if labels is None:
-        return ImageData(images, name=path.stem, note=f"{note}, no labels")
-    target = _labels(labels, label_key, len(images))
+        return replace(data, note=f"{data.note}, no labels")
+    target = _labels(labels, label_key, len(array))
     classes = tuple(map(str, range(int(target.max()) + 1)))
-    return ImageData(images, target, path.stem, classes, note=f"{note}, labels {label_key}")
+    return replace(data, labels=target[:limit], classes=classes, note=f"{data.note}, labels {label_key}")
 
 
 def _images(array: np.ndarray) -> tuple[Tensor, str]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from gankern import checks
-from gankern.data.images import OP, ImageData, to_channels, to_size
+from gankern.data.dataset import OP, Dataset
+from gankern.data.images import to_channels, to_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,7 +22,7 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 GREY_MODES = ("1", "L", "LA", "La", "I", "F")
 
 
-def read_folder(root: Path, size: int | None, channels: int | None, limit: int | None) -> ImageData:
+def read_folder(root: Path, size: int | None, channels: int | None, limit: int | None) -> Dataset:
     """Read every picture below `root`; see `load` for the rules."""
     try:
         from PIL import Image
@@ -68,7 +69,7 @@ def read_folder(root: Path, size: int | None, channels: int | None, limit: int |
         index = {name: i for i, name in enumerate(folders)}
         labels, classes = torch.tensor([index[file.parts[0]] for file in kept]), tuple(folders)
         note += f", {len(classes)} classes from sub-folders"
-    return ImageData(images, labels, root.resolve().name, classes, tuple(skipped), note)
+    return Dataset(images, labels, root.resolve().name, classes, tuple(skipped), note)
 
 
 def _read(path: Path, size: int | None, channels: int | None) -> Tensor | str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gankern import checks
-from gankern.data.images import OP, ImageData
+from gankern.data.dataset import OP, Dataset
 
 PREFIXES = {"train": ("train",), "test": ("t10k", "test")}
 _CHUNK = 1 << 20
@@ -27,20 +27,20 @@ def find_idx(folder: Path, split: str) -> Path | None:
     return next((path for path in files for prefix in PREFIXES[split] if f"{prefix}-images" in path.name), None)
 
 
-def read_idx(path: Path) -> ImageData:
+def read_idx(path: Path) -> Dataset:
     """Read an images file, and the labels file beside it if there is one. [N, H, W] uint8 -> [N, 1, H, W]."""
     images = _read(path, 3).unsqueeze(1)
     name = path.name.replace("images", "labels").replace("idx3", "idx1")
     plain = name.removesuffix(".gz")
     beside = next((p for p in (path.with_name(name), path.with_name(plain), path.with_name(plain + ".gz")) if p.is_file()), None)
-    data = ImageData(images, name=path.name.split(".")[0], note=f"IDX images {path.name}, no labels beside it")
+    data = Dataset(images, name=path.name.split(".")[0], note=f"IDX images {path.name}, no labels beside it")
     if beside is None or beside == path:
         return data
     labels = _read(beside, 1).to(torch.int64)
     if len(labels) != len(images):
         checks.fail(ValueError, OP, "labels file", f"hold {len(images)} labels, one an image", f"{len(labels)} in {beside}")
     classes = tuple(map(str, range(int(labels.max()) + 1)))
-    return ImageData(images, labels, data.name, classes, note=f"IDX images {path.name} with labels {beside.name}")
+    return Dataset(images, labels, data.name, classes, note=f"IDX images {path.name} with labels {beside.name}")
 
 
 def _read(path: Path, dims: int) -> Tensor:

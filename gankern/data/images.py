@@ -1,61 +1,10 @@
-"""ImageData: a whole image data set in memory, and the three conversions that every source shares."""
+"""The three conversions that all images share."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from gankern import checks
-
-OP = "data"
-
-
-@dataclass(frozen=True, eq=False)
-class ImageData:
-    """A data set of equally large images.
-
-    Args:
-        images: [N, C, H, W], N >= 1; uint8 (0 to 255, kept so to save memory) or float32 in [-1, 1].
-        labels: [N], int64, an index into `classes`, or None.
-        name: short, for run directories: "mnist", or the name of the folder or file.
-        classes: the name of each class, () without labels.
-        skipped: one "file: reason" for each file that could not be read.
-        note: in words, what was found in the source and how it was taken.
-
-    Raises:
-        ValueError, TypeError: images or labels of another shape or dtype, or no image.
-    """
-
-    images: Tensor
-    labels: Tensor | None = None
-    name: str = "images"
-    classes: tuple[str, ...] = ()
-    skipped: tuple[str, ...] = ()
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        checks.tensor(OP, "images", self.images)
-        if self.images.dtype not in (torch.uint8, torch.float32):
-            checks.fail(TypeError, OP, "images", "be uint8 or float32", str(self.images.dtype).removeprefix("torch."))
-        checks.dims(OP, "images", self.images, 4)
-        if self.images.numel() == 0:
-            checks.fail(ValueError, OP, "images", "hold at least one pixel of one image", f"shape {list(self.images.shape)}")
-        if self.labels is not None:
-            checks.tensor(OP, "labels", self.labels)
-            checks.shape(OP, "labels", self.labels, (len(self.images),))
-            checks.same_dtype(OP, "labels", self.labels, torch.int64)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of each image."""
-        _, channels, height, width = self.images.shape
-        return channels, height, width
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import math
 from torch import Tensor, nn
 
 from gankern import checks
-from gankern.ops._objectives import OBJECTIVES
+from gankern.ops._objectives import OBJECTIVES, Label
 from gankern.ops.gan_loss import GanLoss, gan_loss
 
 
@@ -22,7 +22,8 @@ class GANLoss(nn.Module):
         generator_label: the generator's target for fake samples, in [0, 1].
 
     The labels of the critic are its alone: by default the generator aims at real samples' 1 (Salimans et al. 2016, section 3.4,
-    smooth nothing but the critic's positive targets). For "lsgan" the labels fake_label, real_label and generator_label are the a,
+    smooth nothing but the critic's positive targets). The attributes real_label and fake_label may be set to tensors, one target a
+    logit, for the calls that follow. For "lsgan" the labels fake_label, real_label and generator_label are the a,
     b and c of Mao et al. 2017, any finite numbers: (0, 1, 1) by default, (-1, 1, 0) minimises the Pearson divergence.
 
     Raises:
@@ -39,7 +40,9 @@ class GANLoss(nn.Module):
         for name, value in labels.items():
             checks.number("GANLoss", name, value, low, high)
         self.objective = objective
-        self.real_label, self.fake_label, self.generator_label = map(float, labels.values())
+        self.real_label: Label = float(real_label)
+        self.fake_label: Label = float(fake_label)
+        self.generator_label = float(generator_label)
 
     @property
     def relativistic(self) -> bool:
@@ -62,5 +65,6 @@ class GANLoss(nn.Module):
         return gan_loss(real, fake, self.objective, "generator", real_label=self.generator_label)
 
     def extra_repr(self) -> str:
-        labels = f"real_label={self.real_label:g}, fake_label={self.fake_label:g}, generator_label={self.generator_label:g}"
-        return f"{self.objective!r}, {labels}"
+        labels = {"real_label": self.real_label, "fake_label": self.fake_label, "generator_label": self.generator_label}
+        words = [f"{name}={'drawn' if isinstance(value, Tensor) else format(value, 'g')}" for name, value in labels.items()]
+        return ", ".join([repr(self.objective), *words])

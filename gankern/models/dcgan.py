@@ -46,18 +46,10 @@ class DCGANGenerator(nn.Sequential):
     ) -> None:
         op = "DCGANGenerator"
         checks.integer(op, "z_dim", z_dim, 1)
-        checks.integer(op, "width", width, 1)
-        checks.one_of(op, "upsample", upsample, UPSAMPLES)
-        channels, start, doublings = _pyramid(op, "out_shape", out_shape)
-        after = width * 2 ** (doublings - 1)
-        layers = [nn.Linear(z_dim, after * start**2, bias=False), nn.Unflatten(1, (after, start, start))]
-        for _ in range(doublings - 1):
-            layers += [nn.BatchNorm2d(after), nn.ReLU(), *_double(upsample, after, after // 2, bias=False)]
-            after //= 2
-        super().__init__(*layers, nn.BatchNorm2d(after), nn.ReLU(), *_double(upsample, after, channels, bias=True), nn.Tanh())
+        super().__init__(*upward(op, z_dim, out_shape, width, upsample), nn.Tanh())
         self.z_dim = z_dim
         self.out_shape = tuple(out_shape)
-        _initialise(self)
+        initialise(self)
 
     def forward(self, z: Tensor) -> Tensor:
         _common.rows("DCGANGenerator", "z", z, (self.z_dim,))
@@ -93,29 +85,53 @@ class DCGANDiscriminator(nn.Sequential):
         negative_slope: float = 0.2,
     ) -> None:
         op = "DCGANDiscriminator"
-        checks.integer(op, "width", width, 1)
-        checks.one_of(op, "downsample", downsample, DOWNSAMPLES)
-        checks.one_of(op, "norm", norm, NORMS)
-        checks.number(op, "negative_slope", negative_slope, 0.0)
-        before, start, halvings = _pyramid(op, "in_shape", in_shape)
-        pooled = downsample == "pool"
-        layers: list[nn.Module] = []
-        for stage in range(halvings):
-            after, normed = width * 2**stage, stage > 0 and norm == "batch"
-            layers.append(nn.Conv2d(before, after, 3 if pooled else 4, 1 if pooled else 2, 1, bias=not normed))
-            layers += [nn.BatchNorm2d(after)] if normed else []
-            layers += [nn.LeakyReLU(negative_slope), *([nn.AvgPool2d(2)] if pooled else [])]
-            before = after
-        super().__init__(*layers, nn.Flatten(), nn.Linear(before * start**2, 1))
+        layers, features = downward(op, in_shape, width, downsample, norm, negative_slope)
+        super().__init__(*layers, nn.Linear(features, 1))
         self.in_shape = tuple(in_shape)
-        _initialise(self)
+        initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         _common.rows("DCGANDiscriminator", "x", x, self.in_shape)
         return super().forward(x).squeeze(1)
 
 
-def _pyramid(op: str, argument: str, shape: Sequence[int]) -> tuple[int, int, int]:
+def upward(op: str, inputs: int, out_shape: Sequence[int], width: int, upsample: str, norm: str = "batch") -> list[nn.Module]:
+    """[B, inputs] -> [B, *out_shape]: linear to the smallest image, then stages that double its side; without the tanh."""
+    checks.integer(op, "width", width, 1)
+    checks.one_of(op, "upsample", upsample, UPSAMPLES)
+    channels, start, doublings = pyramid(op, "out_shape", out_shape)
+    normed, before = norm == "batch", width * 2 ** (doublings - 1)
+    layers: list[nn.Module] = [nn.Linear(inputs, before * start**2, bias=not normed), nn.Unflatten(1, (before, start, start))]
+    for stage in range(doublings):
+        last = stage == doublings - 1
+        after = channels if last else before // 2
+        layers += [*([nn.BatchNorm2d(before)] if normed else []), nn.ReLU()]
+        layers += _double(upsample, before, after, bias=last or not normed)
+        before = after
+    return layers
+
+
+def downward(
+    op: str, in_shape: Sequence[int], width: int, downsample: str, norm: str, negative_slope: float, extra: int = 0
+) -> tuple[list[nn.Module], int]:
+    """Stages that halve the side of images, then Flatten, and how many features come out; `extra` more channels go in."""
+    checks.integer(op, "width", width, 1)
+    checks.one_of(op, "downsample", downsample, DOWNSAMPLES)
+    checks.one_of(op, "norm", norm, NORMS)
+    checks.number(op, "negative_slope", negative_slope, 0.0)
+    channels, start, halvings = pyramid(op, "in_shape", in_shape)
+    pooled, before = downsample == "pool", channels + extra
+    layers: list[nn.Module] = []
+    for stage in range(halvings):
+        after, normed = width * 2**stage, stage > 0 and norm == "batch"
+        layers.append(nn.Conv2d(before, after, 3 if pooled else 4, 1 if pooled else 2, 1, bias=not normed))
+        layers += [nn.BatchNorm2d(after)] if normed else []
+        layers += [nn.LeakyReLU(negative_slope), *([nn.AvgPool2d(2)] if pooled else [])]
+        before = after
+    return [*layers, nn.Flatten()], before * start**2
+
+
+def pyramid(op: str, argument: str, shape: Sequence[int]) -> tuple[int, int, int]:
     """(channels, start, doublings) of an image [C, S, S] whose side is start * 2^doublings, start in 4 ... 7."""
     channels, side = _common.square(op, argument, shape)
     start, doublings = side, 0
@@ -135,8 +151,9 @@ def _double(upsample: str, before: int, after: int, bias: bool) -> list[nn.Modul
     return [nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, 1, 1, bias=bias)]
 
 
-def _initialise(network: nn.Sequential) -> None:
-    for m in network:
+def initialise(network: nn.Module) -> None:
+    """The weights and biases of the DCGAN."""
+    for m in network.modules():
         if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
             nn.init.normal_(m.weight, 1.0 if isinstance(m, nn.BatchNorm2d) else 0.0, 0.02)
             if m.bias is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gankern import checks
 from gankern.models import _common
+from gankern.models.packed import join
 
 OUTPUTS = ("tanh", "none")
 
@@ -110,9 +111,7 @@ class TabularDiscriminator(nn.Module):
     def inputs(self, x: Tensor) -> Tensor:
         """What `layers` takes, the packs: [B / pack, pack * size of a sample]."""
         _common.rows("TabularDiscriminator", "x", x, self.in_shape)
-        if len(x) % self.pack:
-            checks.fail(ValueError, "TabularDiscriminator", "x", f"have a multiple of {self.pack} samples", len(x))
-        return x.reshape(len(x) // self.pack, self.pack * math.prod(self.in_shape))
+        return join("TabularDiscriminator", x, self.pack).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(self.inputs(x)).squeeze(1)

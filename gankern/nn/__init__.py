@@ -10,9 +10,11 @@ from gankern.nn.conv import (
     ConvTransposeLeakyReLU3d,
 )
 from gankern.nn.linear import LinearLeakyReLU
-from gankern.nn.minibatch import MinibatchDiscrimination, MinibatchDistance
+from gankern.nn.maxout import Maxout
+from gankern.nn.minibatch import MinibatchDiscrimination, MinibatchDistance, MinibatchStdDev, add_minibatch_features
 from gankern.nn.mlp_critic import MLPCritic, MLPLayers, mlp_layers, mlp_problem
 from gankern.nn.spectral_norm import spectral_norm, spectral_norm_
+from gankern.nn.virtual_batchnorm import VirtualBatchNorm
 
 __all__ = [
     "BatchNormLeakyReLU1d",
@@ -27,9 +29,13 @@ __all__ = [
     "LinearLeakyReLU",
     "MLPCritic",
     "MLPLayers",
+    "Maxout",
     "MinibatchDiscrimination",
     "MinibatchDistance",
+    "MinibatchStdDev",
     "SyncBatchNormLeakyReLU",
+    "VirtualBatchNorm",
+    "add_minibatch_features",
     "mlp_layers",
     "mlp_problem",
     "spectral_norm",

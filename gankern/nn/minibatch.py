@@ -1,4 +1,4 @@
-"""Layers that let a critic look at a whole minibatch: learned closeness features, and the plain squared distance."""
+"""Layers that let a critic look at a whole minibatch: learned closeness features, the plain squared distance, the deviation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from gankern import checks
 from gankern.ops.pairwise import minibatch_distance, minibatch_features
+
+KINDS = ("discrimination", "distance", "stddev")
 
 
 class MinibatchDiscrimination(nn.Module):
@@ -74,3 +76,72 @@ class MinibatchDistance(nn.Module):
         checks.tensor("MinibatchDistance", "x", x)
         checks.dims("MinibatchDistance", "x", x, 2)
         return torch.cat([x, minibatch_distance(x)], dim=1)
+
+
+class MinibatchStdDev(nn.Module):
+    """[x, s]: s is the mean, over all features and positions, of their standard deviations over the minibatch. No parameters.
+
+    The deviation is sqrt(variance + 1e-8), in float32 for 16-bit x: s has a gradient where samples are equal. Any derivative order.
+
+    Shape: [N, C, *] -> [N, C + 1, *], s in all places of the new channel; N >= 1.
+
+    Raises:
+        ValueError, TypeError: an x of fewer than two dimensions or of a dtype that is not supported.
+
+    Source: Karras, Aila, Laine, Lehtinen, "Progressive growing of GANs", ICLR 2018, section 3.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        op = "MinibatchStdDev"
+        checks.tensor(op, "x", x)
+        checks.floating(op, "x", x)
+        if x.dim() < 2:
+            checks.fail(ValueError, op, "x", "have two dimensions or more", f"shape {list(x.shape)}")
+        v = x.float() if x.dtype.itemsize == 2 else x
+        s = ((v - v.mean(0)).square().mean(0) + 1e-8).sqrt().mean()
+        return torch.cat([x, s.to(x.dtype).expand_as(x[:, :1])], 1)
+
+
+def add_minibatch_features(critic: nn.Module, kind: str, out_features: int = 100, kernel_dim: int = 5) -> nn.Module:
+    """Put a layer of minibatch features before the last nn.Linear of a critic, which then takes them too.
+
+        critic = add_minibatch_features(DCGANDiscriminator(), "stddev")
+
+    That layer becomes nn.Sequential(features, nn.Linear): its weight and bias stay as they were, the columns of the new features
+    are drawn as nn.Linear draws them. Before or after `gankern.fuse`; before spectral norm and before an optimiser is made. The
+    samples of a batch are no longer judged each by itself: real and fake ones belong in passes of their own (`one_pass=False` of
+    the trainer), and a gradient penalty differentiates the features too.
+
+    Args:
+        critic: any network that ends in an nn.Linear whose input is [N, F], such as those of gankern.models; changed in place.
+        kind: "discrimination", "distance" or "stddev": MinibatchDiscrimination, MinibatchDistance, MinibatchStdDev.
+        out_features, kernel_dim: of MinibatchDiscrimination; the paper has 100 and 5.
+
+    Returns:
+        critic.
+
+    Raises:
+        ValueError: an unknown kind, sizes below 1, no nn.Linear that can be widened, or an auto-encoder, which has no score.
+        TypeError: critic is no torch.nn.Module.
+    """
+    op = "add_minibatch_features"
+    if not isinstance(critic, nn.Module):
+        checks.fail(TypeError, op, "critic", "be a torch.nn.Module", type(critic).__name__)
+    checks.one_of(op, "kind", kind, KINDS)
+    if hasattr(critic, "decode"):
+        checks.fail(ValueError, op, "critic", "give a score, not a reconstruction", type(critic).__name__)
+    name, last = next(((n, m) for n, m in reversed(list(critic.named_modules())) if isinstance(m, nn.Linear)), ("", None))
+    if type(last) is not nn.Linear or not name:
+        checks.fail(ValueError, op, "critic", "have a plain nn.Linear as its last linear layer", type(last or critic).__name__)
+    features: nn.Module
+    if kind == "discrimination":
+        features, more = MinibatchDiscrimination(last.in_features, out_features, kernel_dim), out_features
+    else:
+        features, more = MinibatchDistance() if kind == "distance" else MinibatchStdDev(), 1
+    wide = nn.Linear(last.in_features + more, last.out_features, last.bias is not None)
+    with torch.no_grad():
+        wide.weight[:, : last.in_features] = last.weight
+        if last.bias is not None:
+            wide.bias.copy_(last.bias)
+    critic.set_submodule(name, nn.Sequential(features, wide).to(last.weight))
+    return critic

@@ -64,8 +64,10 @@ def rows_of(job: Job, real: Tensor | None, fake: Tensor | None, x_hat: Tensor | 
     judged = n_real + (0 if fake is None else len(fake))
     if not job.penalises:
         return Rows(n_real, judged, judged, 0)
-    first = {"real": 0, "fake": n_real}.get(job.sample, judged)
-    count = {"real": n_real, "fake": judged - n_real, "line": n_real}.get(job.sample, 0 if x_hat is None else len(x_hat))
+    first = {"real": 0, "both": 0, "fake": n_real}.get(job.sample, judged)
+    count = {"real": n_real, "both": judged, "fake": judged - n_real, "line": n_real}.get(
+        job.sample, 0 if x_hat is None else len(x_hat)
+    )
     return Rows(n_real, judged, first, count)
 
 

@@ -53,7 +53,7 @@ from gankern.ops._one_pass import Job, Results, Rows, batch, nothing, one_pass, 
 from gankern.ops._philox import draw_seed
 from gankern.ops.gan_loss import gan_loss, settle
 
-SAMPLES = ("line", "real", "fake")
+SAMPLES = ("line", "real", "fake", "both")
 SIDED = ("one", "two")
 Numbers = float | Sequence[float]
 _NO_LOSS = (*Spec(NOTHING, NOTHING, 1).arguments(None, None)[:-1], 0)
@@ -85,7 +85,8 @@ def mlp_critic(
     loss = adversarial(C(real), C(fake)) + penalty_weight * mean_i (|dC(x_i)/dx_i| - target)².
     All rows are one batch [real; fake; x̂] for dropout; each row has its own mask.
 
-    WGAN-GP: objective "wgan", penalty_weight 10. R1: sample "real", target 0, penalty_weight gamma / 2; R2 the same with "fake".
+    WGAN-GP: objective "wgan", penalty_weight 10. R1: sample "real", target 0, penalty_weight gamma / 2; R2 the same with "fake";
+    their sum "both".
     DRAGAN and any other choice of points: pass them as x_hat. Exact: the same numbers as autograd, up to rounding. On CUDA not yet
     measured.
 
@@ -101,7 +102,8 @@ def mlp_critic(
         penalty_weight: >= 0; 0 is no penalty.
         target: of the norm, >= 0. The norm is the 2-norm over all of a sample; its derivative at 0 is 0.
         sided: "two", or "one": norms below the target pay nothing.
-        sample: what is penalised: points eps * real + (1 - eps) * fake on the "line", or the "real" or the "fake" samples.
+        sample: what is penalised: points eps * real + (1 - eps) * fake on the "line", the "real" or the "fake" samples;
+            or "both", as many of each: the sum of the two penalties.
         x_hat: [P, *], penalised instead.
         eps: [B] or [B, 1], for the line; drawn uniformly, one a sample, when None.
         generator: source of eps and then of the dropout masks; None is PyTorch's default generator.
@@ -130,6 +132,10 @@ def mlp_critic(
             eps = torch.rand(len(real), 1, dtype=real.dtype, device=real.device, generator=generator)
         elif eps.numel() != len(real):
             checks.fail(ValueError, OP, "eps", f"have one value for each of {len(real)} samples", eps.numel())
+    elif sample == "both":
+        if len(fake) != len(real):
+            checks.fail(ValueError, OP, "fake", f"have {len(real)} samples, as real, to penalise both", len(fake))
+        penalty_weight = 2 * penalty_weight  # the mean is one over twice as many
     job, seeds = _job(OP, real, weights, biases, slopes, dropout if training else 0.0, generator)
     labels = [label if isinstance(label, Tensor) else None for label in (real_label, fake_label)]
     numbers = [0.0 if isinstance(label, Tensor) else label for label in (real_label, fake_label)]

@@ -50,7 +50,8 @@ def reference_features(m: Tensor) -> Tensor:
 
 def reference_mmd2(real: Tensor, fake: Tensor, sigmas: Sequence[float] = SIGMAS, unbiased: bool = False) -> Tensor:
     """`mmd2` in plain PyTorch."""
-    return _mmd2(real, fake, sigmas, unbiased, "reference")
+    xx, yy, xy = _means(real, fake, sigmas, unbiased, "reference")
+    return (xx + yy - 2 * xy).to(_accumulation(real.dtype))
 
 
 def _similarities(a: Tensor, b: Tensor | None, gammas: Sequence[float], slope: bool = False) -> Tensor:
@@ -160,28 +161,25 @@ def mmd2(real: Tensor, fake: Tensor, sigmas: Sequence[float] = SIGMAS, unbiased:
 
     Source: Gretton et al., "A kernel two-sample test", JMLR 2012, eq. 3 and 5; Li et al., "MMD GAN", NeurIPS 2017 (the widths).
     """
-    op = "mmd2"
-    least = 2 if unbiased else 1
-    _check_samples(op, "real", real, least)
-    _check_samples(op, "fake", fake, least)
-    checks.same_dtype(op, "fake", fake, real.dtype)
-    checks.same_device(op, "fake", fake, real.device)
-    if fake.shape[1:].numel() != real.shape[1:].numel():
-        checks.fail(ValueError, op, "fake", f"have {real.shape[1:].numel()} numbers a sample", f"shape {list(fake.shape)}")
-    sigmas = tuple(sigmas)
-    if not 1 <= len(sigmas) <= MOST_SIGMAS:
-        checks.fail(ValueError, op, "sigmas", f"be 1 to {MOST_SIGMAS} numbers", len(sigmas))
-    for sigma in sigmas:
-        checks.number(op, "sigmas", sigma, 0.0)
-        if sigma == 0:
-            checks.fail(ValueError, op, "sigmas", "be > 0", sigma)
-    name = backend.forced()
-    if name is None:
-        small = real.device.type == "cpu" and len(real) + len(fake) < SMALL_MMD
-        name = "reference" if small else _choose(real.device.type)
-    else:
-        backend.require(op, name, real.device.type)
-    return _mmd2(real, fake, sigmas, unbiased, name)
+    xx, yy, xy = _checked_means("mmd2", real, fake, sigmas, unbiased)
+    return (xx + yy - 2 * xy).to(_accumulation(real.dtype))
+
+
+def kernel_means(
+    real: Tensor, fake: Tensor, sigmas: Sequence[float] = SIGMAS, unbiased: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `mmd2` is made of: the means of k over pairs of real, of fake, and of one real and one fake sample.
+
+    MMD² is the first plus the second minus twice the third. The first minus the third is the mean over real samples of the witness
+    function mean k(x, .) - mean k(y, .), which is largest where the laws differ most; the third minus the second is its mean over
+    fake ones. Arguments, errors and derivatives as `mmd2`.
+
+    Returns:
+        Three scalars: float64; of few samples on the CPU, and from the reference, in the dtype that `mmd2` has.
+
+    Source: Gretton et al., "A kernel two-sample test", JMLR 2012, section 2.3 (the witness function).
+    """
+    return _checked_means("kernel_means", real, fake, sigmas, unbiased)
 
 
 def pulling_away(features: Tensor) -> Tensor:
@@ -217,7 +215,31 @@ def pulling_away(features: Tensor) -> Tensor:
         return (product.square().sum() - rows.square().sum(1).square().sum()) / (n * (n - 1))
 
 
-def _mmd2(real: Tensor, fake: Tensor, sigmas: Sequence[float], unbiased: bool, name: str) -> Tensor:
+def _checked_means(op: str, real: Tensor, fake: Tensor, sigmas: Sequence[float], unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
+    least = 2 if unbiased else 1
+    _check_samples(op, "real", real, least)
+    _check_samples(op, "fake", fake, least)
+    checks.same_dtype(op, "fake", fake, real.dtype)
+    checks.same_device(op, "fake", fake, real.device)
+    if fake.shape[1:].numel() != real.shape[1:].numel():
+        checks.fail(ValueError, op, "fake", f"have {real.shape[1:].numel()} numbers a sample", f"shape {list(fake.shape)}")
+    sigmas = tuple(sigmas)
+    if not 1 <= len(sigmas) <= MOST_SIGMAS:
+        checks.fail(ValueError, op, "sigmas", f"be 1 to {MOST_SIGMAS} numbers", len(sigmas))
+    for sigma in sigmas:
+        checks.number(op, "sigmas", sigma, 0.0)
+        if sigma == 0:
+            checks.fail(ValueError, op, "sigmas", "be > 0", sigma)
+    name = backend.forced()
+    if name is None:
+        small = real.device.type == "cpu" and len(real) + len(fake) < SMALL_MMD
+        name = "reference" if small else _choose(real.device.type)
+    else:
+        backend.require(op, name, real.device.type)
+    return _means(real, fake, sigmas, unbiased, name)
+
+
+def _means(real: Tensor, fake: Tensor, sigmas: Sequence[float], unbiased: bool, name: str) -> tuple[Tensor, Tensor, Tensor]:
     gammas = [0.5 / float(s) ** 2 for s in sigmas]
     with _no_autocast(real):
         x, y = _rows(real), _rows(fake)
@@ -230,11 +252,11 @@ def _mmd2(real: Tensor, fake: Tensor, sigmas: Sequence[float], unbiased: bool, n
             xx, yy, xy = k[:n, :n].sum(), k[n:, n:].sum(), k[:n, n:].sum()
         else:
             xx, yy, xy = _pair_sum(x, None, gammas, name), _pair_sum(y, None, gammas, name), _pair_sum(x, y, gammas, name)
+        xy = xy / (n * m)
         if unbiased:
-            value = xx / (n * (n - 1)) + yy / (m * (m - 1))
-        else:  # a sample and itself: every kernel is 1
-            value = (xx + n * len(gammas)) / n**2 + (yy + m * len(gammas)) / m**2
-        return (value - 2 / (n * m) * xy).to(x.dtype)
+            return xx / (n * (n - 1)), yy / (m * (m - 1)), xy
+        itself = len(gammas)  # of a sample and itself: every kernel is 1
+        return (xx + n * itself) / n**2, (yy + m * itself) / m**2, xy
 
 
 def _pair_sum(a: Tensor, b: Tensor | None, gammas: list[float], name: str) -> Tensor:
@@ -264,8 +286,12 @@ def _check_samples(op: str, argument: str, value: Any, least: int) -> None:
         checks.fail(ValueError, op, argument, wanted, f"shape {list(value.shape)}")
 
 
+def _accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize == 2 else dtype
+
+
 def _upcast(t: Tensor) -> Tensor:
-    return t.float() if t.dtype.itemsize == 2 else t
+    return t.to(_accumulation(t.dtype))
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -280,7 +306,8 @@ def _diagonal(t: Tensor) -> Tensor:
 
 def _no_autocast(t: Tensor) -> AbstractContextManager:
     kind = t.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device has none
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def _kernels(name: str) -> ModuleType | Any:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from gankern import checks
+from gankern.losses.variants import variant
+from gankern.ops.pairwise import MOST_SIGMAS
+from gankern.training import combinations
 
 OP = "train"
 
@@ -26,15 +30,16 @@ class TrainConfig:
     """
 
     data: str = "mnist"
-    """Training images: "mnist" (bundled), a folder of pictures, an IDX file, or a .npz/.npy array."""
+    """Training data: "mnist" (bundled), a folder of pictures, an IDX file, a .npz/.npy array of images, a .npz/.npy/.csv table of
+    numbers, or points in the plane: ring, grid, unrolled-ring, 8gaussians, 25gaussians, swissroll."""
     outdir: str = "runs"
     """Folder under which the run gets a directory of its own."""
     steps: int = 12000
     """Training steps in all; one step updates the discriminator n_critic times and then the generator once."""
     batch_size: int = 64
-    """Real images an update of the discriminator, and as many generated ones."""
+    """Real samples an update of the discriminator, and as many generated ones."""
     seed: int = 0
-    """Seed of initial weights, data order, noise and dropout."""
+    """Seed of initial weights, generated data, data order, noise and dropout."""
     device: str = "auto"
     """auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1 ..."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
@@ -48,6 +53,8 @@ class TrainConfig:
     """Steps between pictures of generated samples. 0: only before the first and after the last step."""
     log_every: int = 50
     """Steps between lines of log.jsonl."""
+    log_gradients: bool = False
+    """Write the norms of both networks' gradients into log.jsonl too."""
     keep: int = 2
     """Newest checkpoints kept. 0: all."""
     resume: str = "never"
@@ -60,9 +67,9 @@ class TrainConfig:
     channels: Literal[0, 1, 3] = 0
     """1 (grey) or 3 (colour). 0: as the data are."""
     limit: int = 0
-    """Use only the first so many images. 0: all."""
+    """Use only the first so many samples of the data. 0: all."""
 
-    objective: Literal[
+    loss: Literal[
         "non-saturating",
         "minimax",
         "maximum-likelihood",
@@ -87,34 +94,113 @@ class TrainConfig:
         "relativistic-average",
         "relativistic-average-lsgan",
         "relativistic-average-hinge",
+        "ebgan",
+        "began",
+        "mmd",
+        "mmd-gan",
     ] = "non-saturating"
-    """What critic and generator minimise, a row of the table of gankern.gan_loss; non-saturating: the generator -log D(G(z))."""
-    real_label: float = 1.0
+    """What critic and generator minimise; `gankern explain NAME` has the equations and the values to expect."""
+    generator_loss: Literal["default", "saturating", "non-saturating", "max-likelihood", "matching"] = "default"
+    """The generator's side, for the losses that have several: those of Goodfellow et al. and the f-divergences; or matching, of the
+    critic's mean features alone."""
+    margin: float = 1.0
+    """The energy up to which ebgan's critic pushes generated samples: a mean squared error of the reconstruction."""
+    pulling_away_weight: float = 0.1
+    """Weight of the pulling-away term in ebgan's generator loss, which keeps the samples' codes apart. 0: off."""
+    began_gamma: float = 0.5
+    """The ratio of the energies of generated and real samples that began keeps; lower is less varied."""
+    began_lambda: float = 0.001
+    """Rate at which began's k follows that ratio."""
+    mmd_bandwidths: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
+    """Widths sigma of the Gaussian kernels whose sum mmd and mmd-gan take."""
+    mmd_root: bool = False
+    """Minimise MMD instead of its square with --loss mmd: its gradient does not fade as the samples come close."""
+    mmd_reconstruction: float = 8.0
+    """Weight of the reconstruction error in mmd-gan's critic loss, where the critic is an auto-encoder."""
+    class_weight: float = 1.0
+    """Weight of the cross entropy of the classes in both losses of acgan."""
+    label_smoothing: float = 1.0
     """The discriminator's target for real images; 0.9 is one-sided label smoothing."""
     fake_label: float = 0.0
     """The discriminator's target for generated images."""
+    real_label_range: tuple[float, ...] = ()
+    """Draw each real image's target anew at each update, uniformly between these two numbers, such as 0.7 1.2. Nothing: off."""
+    fake_label_range: tuple[float, ...] = ()
+    """The same for generated images, such as 0 0.3. Nothing: off."""
+    label_noise: float = 0.0
+    """Probability that an image gets the target of the other kind, at each update of the discriminator. 0: off."""
     n_critic: int = 1
     """Updates of the discriminator a step, each with a batch of its own."""
-    penalty: Literal["none", "gp", "lp", "0gp", "dragan", "r1", "r2"] = "none"
-    """Penalty on the norm of the discriminator's input gradient: gp (WGAN-GP), lp (one-sided), 0gp, dragan, r1, r2."""
+    penalty: Literal["none", "gp", "lp", "0gp", "dragan", "r1", "r2", "r1r2"] = "none"
+    """Penalty on the norm of the discriminator's input gradient: gp (WGAN-GP), lp (one-sided), 0gp, dragan, r1, r2, or
+    r1r2 (both)."""
     penalty_weight: float = 10.0
-    """Weight of the penalty: lambda; for r1 and r2 gamma / 2."""
+    """Weight of the penalty: lambda; for r1, r2 and each of r1r2 gamma / 2."""
     spectral_norm: bool = False
     """Divide each weight of the discriminator by its largest singular value (SN-GAN)."""
+    spectral_norm_g: bool = False
+    """The same for the generator (SAGAN)."""
     clip_weights: float = 0.0
     """Clip the discriminator's weights to [-c, c] after each of its updates; 0.01 is that of WGAN. 0: off."""
     clip_gradients: float = 0.0
     """Scale each network's gradient down to this norm where it is longer. 0: off."""
 
-    arch: Literal["mlp", "dcgan", "sngan", "cgan", "tabular"] = "mlp"
-    """The two networks: mlp, dcgan (Radford et al.), sngan (the standard CNN of Miyato et al.), cgan (MLPs with labels, Mirza and
-    Osindero), tabular (those of CTGAN, the discriminator on packs)."""
+    replay: int = 0
+    """Size of a buffer of earlier generated images, from which half of those of each discriminator's update come. 0: off."""
+    feature_matching: float = 0.0
+    """Weight of the distance of the discriminator's mean features in the generator's loss. 0: off."""
+    historical_averaging: float = 0.0
+    """Weight of each network's squared distance from the mean of its past parameters. 0: off."""
+    reconstruction: float = 0.0
+    """VAE-GAN: weight of the squared error of real images after an encoder and the generator, in the generator's loss. 0: off."""
+    reconstruct: Literal["pixels", "features"] = "pixels"
+    """Of what that error is: the image, or what the discriminator's last layer takes."""
+    kl: float = 0.0
+    """VAE-GAN: weight of the Kullback-Leibler divergence of the encoder's latent law from N(0, 1)."""
+    unroll: int = 0
+    """Updates of the discriminator through which the generator's gradient goes (unrolled GAN); 5 to 10 are usual. 0: off."""
+    instance_noise: float = 0.0
+    """Standard deviation of the noise that is added to all that the discriminator sees. 0: off."""
+    instance_noise_steps: int = 0
+    """Steps over which that noise fades to 0. 0: it stays."""
+
+    arch: Literal[
+        "mlp",
+        "dcgan",
+        "sngan",
+        "resnet",
+        "cgan",
+        "cdcgan",
+        "acgan",
+        "autoencoder",
+        "conv-autoencoder",
+        "tabular",
+        "pacgan-toy",
+        "unrolled-toy",
+        "wgan-gp-toy",
+    ] = "mlp"
+    """The two networks: mlp; dcgan (Radford et al.); sngan and resnet (the standard CNN and the ResNet of Miyato et al.); cgan
+    and cdcgan (MLPs and DCGAN with labels); acgan (the discriminator tells the class too); autoencoder and conv-autoencoder (the
+    critic of EBGAN and BEGAN); tabular (those of CTGAN); and those of the 2-D experiments of three papers."""
     conv_width: int = 64
-    """Channels of the widest image layer of dcgan and sngan."""
-    d_norm: Literal["none", "batch"] = "none"
-    """Normalisation in the discriminator of dcgan: none, or BatchNorm but for the first layer."""
+    """Channels of the widest image layer of convolutional networks."""
+    d_conv_width: int = 0
+    """The same for the discriminator of dcgan alone. 0: conv_width."""
+    upsample: Literal["transposed", "shuffle", "nearest"] = "transposed"
+    """How a stage of dcgan's generator doubles the side: transposed convolution, PixelShuffle, or nearest neighbours."""
+    downsample: Literal["stride", "pool"] = "stride"
+    """How a stage of dcgan's discriminator halves the side: stride 2, or average pooling."""
+    code: int = 64
+    """Length of an auto-encoder's code."""
+    d_norm: Literal["none", "batch", "layer"] = "none"
+    """Normalisation in the discriminator: none; BatchNorm but for the first layer (dcgan, cdcgan, acgan); layer norm (resnet)."""
+    minibatch_features: Literal["none", "discrimination", "distance", "stddev"] = "none"
+    """What the discriminator's last layer is told of the whole batch: learned closeness (Salimans et al.), the mean squared
+    distance, or the standard deviation (Karras et al.)."""
+    virtual_batch_norm: bool = False
+    """Take the statistics of the generator's BatchNorm from a fixed batch of latent vectors and the sample itself."""
     pack: int = 1
-    """Samples that the discriminator of tabular judges together (PacGAN)."""
+    """Samples that the discriminator judges together (PacGAN)."""
     z_dim: int = 100
     """Entries of the latent vector z."""
     latent: Literal["normal", "uniform"] = "normal"
@@ -125,6 +211,8 @@ class TrainConfig:
     """Normalisation in the generator: none, or BatchNorm before each activation."""
     g_dropout: float = 0.0
     """Dropout in the generator's hidden layers."""
+    sample_dropout: bool = False
+    """Keep the generator's dropout when samples are drawn, in pictures and by gankern sample."""
     d_widths: tuple[int, ...] = (1024, 512, 256)
     """Hidden layers of the discriminator, from the image to the score."""
     d_dropout: float = 0.0
@@ -132,14 +220,22 @@ class TrainConfig:
     negative_slope: float = 0.2
     """Slope of LeakyReLU for negative inputs."""
 
+    optimizer_d: Literal["adam", "sgd", "rmsprop"] = "adam"
+    """Optimiser of the discriminator."""
+    optimizer_g: Literal["adam", "sgd", "rmsprop"] = "adam"
+    """Optimiser of the generator."""
     lr_g: float = 2e-4
-    """Adam's learning rate for the generator."""
+    """Learning rate of the generator."""
     lr_d: float = 2e-4
-    """Adam's learning rate for the discriminator."""
+    """Learning rate of the discriminator."""
+    ttur: float = 0.0
+    """Learning rate of the discriminator as a multiple of lr_g, in place of lr_d: the two time-scale update rule. 0: lr_d."""
     beta1: float = 0.5
     """Adam's first decay rate, for both."""
     beta2: float = 0.999
     """Adam's second decay rate, for both."""
+    momentum: float = 0.0
+    """Momentum of sgd."""
     ema: float = 0.0
     """Decay of the running average of the generator's weights, which the pictures then show; 0.999 is usual. 0: off."""
     ema_warmup: bool = True
@@ -148,9 +244,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field, kind in typing.get_type_hints(type(self)).items():
             _check_type(field, getattr(self, field), kind)
-        for field in ("steps", "batch_size", "log_every", "z_dim", "n_critic", "conv_width", "pack"):
+        for field in ("steps", "batch_size", "log_every", "z_dim", "n_critic", "conv_width", "code", "pack"):
             checks.number(OP, field, getattr(self, field), 1)
         for field in (
+            "d_conv_width",
             "checkpoint_every",
             "sample_every",
             "keep",
@@ -159,14 +256,33 @@ class TrainConfig:
             "negative_slope",
             "lr_g",
             "lr_d",
+            "ttur",
+            "momentum",
+            "unroll",
+            "replay",
+            "reconstruction",
+            "kl",
+            "feature_matching",
+            "historical_averaging",
             "penalty_weight",
+            "margin",
+            "pulling_away_weight",
+            "began_lambda",
+            "mmd_reconstruction",
+            "class_weight",
             "clip_weights",
             "clip_gradients",
+            "instance_noise",
+            "instance_noise_steps",
         ):
             checks.number(OP, field, getattr(self, field), 0)
         checks.number(OP, "seed", self.seed, 0, 2**62)
-        for field in ("real_label", "fake_label", "g_dropout", "d_dropout"):
+        for field in ("label_smoothing", "fake_label", "label_noise", "g_dropout", "d_dropout", "began_gamma"):
             checks.number(OP, field, getattr(self, field), 0.0, 1.0)
+        for field in ("real_label_range", "fake_label_range"):
+            value = getattr(self, field)
+            if value and (len(value) != 2 or not value[0] <= value[1]):
+                checks.fail(ValueError, OP, field, "be two numbers, the smaller one first, or nothing", value)
         for field in ("beta1", "beta2", "ema"):
             value = getattr(self, field)
             if not 0.0 <= value < 1.0:
@@ -174,18 +290,19 @@ class TrainConfig:
         for field in ("g_widths", "d_widths"):
             if any(width < 1 for width in getattr(self, field)):
                 checks.fail(ValueError, OP, field, "have widths >= 1", getattr(self, field))
-        if self.g_norm == "batch" and self.batch_size == 1:
-            checks.fail(ValueError, OP, "batch_size", "be >= 2 with BatchNorm", 1)
-        if self.objective == "wgan" and self.penalty == "none" and not self.spectral_norm and not self.clip_weights:
-            checks.fail(
-                ValueError, OP, "objective", "have a bounded critic: --penalty, --spectral-norm or --clip-weights", "wgan alone"
-            )
-        if self.penalty != "none" and self.d_norm == "batch":
-            checks.fail(ValueError, OP, "d_norm", "be none with a penalty, whose norm is of each sample by itself", "batch")
-        if self.pack > 1 and self.arch != "tabular":
-            checks.fail(ValueError, OP, "pack", "be 1 but for --arch tabular", self.pack)
-        if self.batch_size % self.pack:
-            checks.fail(ValueError, OP, "batch_size", f"be a multiple of pack ({self.pack})", self.batch_size)
+        if not 1 <= len(self.mmd_bandwidths) <= MOST_SIGMAS or not all(math.isfinite(s) and s > 0 for s in self.mmd_bandwidths):
+            checks.fail(ValueError, OP, "mmd_bandwidths", f"be 1 to {MOST_SIGMAS} numbers > 0", self.mmd_bandwidths)
+        combinations.check(self)
+
+    @property
+    def objective(self) -> str:
+        """The row of gankern.gan_loss's table that `loss` and `generator_loss` name together; a loss that is none of it, itself."""
+        return variant(self.loss, self.generator_loss)
+
+    @property
+    def rate_d(self) -> float:
+        """The discriminator's learning rate (Heusel et al., "GANs trained by a two time-scale update rule", NeurIPS 2017)."""
+        return self.ttur * self.lr_g if self.ttur else self.lr_d
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -219,8 +336,9 @@ def _check_type(field: str, value: object, kind: Any) -> None:
     if origin is Literal:
         checks.one_of(OP, field, value, typing.get_args(kind))
     elif origin is tuple:
-        if not isinstance(value, tuple) or any(type(v) is not int for v in value):
-            checks.fail(TypeError, OP, field, "be a tuple of ints", repr(value))
+        of = typing.get_args(kind)[0]
+        if not isinstance(value, tuple) or any(type(v) not in (of, int) for v in value):
+            checks.fail(TypeError, OP, field, f"be a tuple of {of.__name__}s", repr(value))
     elif kind is float:
         checks.number(OP, field, value, float("-inf"))  # type: ignore[arg-type]
     elif type(value) is not kind:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from gankern import checks
 from gankern.data import Batches
-from gankern.training.critic import Autograd
-from gankern.training.presets import CONDITIONAL
+from gankern.training.critics import Autograd, Auxiliary, OnePass
+from gankern.training.networks import CONDITIONAL
 from gankern.training.trainer import Trainer
 
 ENGINES = ("auto", "eager", "graph", "compile")
@@ -45,7 +45,8 @@ class Eager:
     def __init__(self, trainer: Trainer, batches: Batches, why: str = "") -> None:
         self.trainer, self.batches, self.why = trainer, batches, why
         self.labelled = trainer.config.arch in CONDITIONAL
-        self.losses = Losses(min(trainer.config.log_every, MOST_ROWS), trainer.device)
+        columns = [name for technique in trainer.techniques.values() for name in technique.columns()]
+        self.losses = Losses(min(trainer.config.log_every, MOST_ROWS), trainer.device, (*LOSSES, *columns))
 
     def step(self, batch: tuple[Tensor, ...] | None = None, most: int = 1) -> dict[str, Tensor]:
         """Make one step, or as many as a replay holds if that is at most `most`; trainer.steps_done tells how many.
@@ -64,8 +65,8 @@ class Eager:
         return out
 
     def gather(self, indices: Tensor) -> tuple[Tensor, ...]:
-        images = self.batches.images(indices)
-        return (images, self.batches.labels(indices)) if self.labelled else (images,)
+        samples = self.batches.samples(indices)
+        return (samples, self.batches.labels(indices)) if self.labelled else (samples,)
 
 
 class Replay(Protocol):
@@ -106,7 +107,7 @@ class Graph(Eager):
         super().__init__(trainer, batches)
         n, device = batches.batch_size, trainer.device
         self.steps = min(steps, len(batches.order) // n)
-        self.losses = Losses(max(self.steps, len(self.losses.ring)), device)
+        self.losses = Losses(max(self.steps, len(self.losses.ring)), device, self.losses.names)
         self.known, self.at = batches.order, -1  # whose copy `order` is, and what `place` holds
         self.order, self.offsets = batches.order.clone(), torch.arange(n, device=device)
         self.place = torch.zeros((), dtype=torch.int64, device=device)
@@ -187,7 +188,8 @@ def cuda_graph(body: Callable[[], None], rewind: Callable[[], None], trainer: Tr
 class Compile(Eager):
     """Eager steps with networks that torch.compile has compiled for this batch size.
 
-    A critic with a penalty stays as it is: compiled code has no second derivative. `why` says so.
+    A critic with a penalty stays as it is, as compiled code has no second derivative, and so does one that gives more than logits.
+    `why` says so.
 
     Args:
         trainer: gets the compiled networks; their weights and its state_dict stay what they are.
@@ -206,10 +208,12 @@ class Compile(Eager):
         saved = {key: v.clone() if isinstance(v, Tensor) else v for key, v in trainer.state_dict().items()}
         try:
             trainer.forward = torch.compile(trainer.generator, dynamic=False, **options)
-            if config.penalty == "none":
+            critic = trainer.critic
+            if isinstance(critic, Auxiliary) or not isinstance(critic, (Autograd, OnePass)):
+                self.why = "the critic is not compiled: its objective is not one of logits alone"
+            elif config.penalty == "none":
                 net: Any = torch.compile(trainer.discriminator, dynamic=False, **options)
-                one_pass = getattr(trainer.critic, "one_pass", True)
-                trainer.critic = Autograd(net, trainer.critic.loss, "none", 0.0, trainer.rng, one_pass)
+                trainer.critic = Autograd(net, critic.loss, "none", 0.0, trainer.rng, getattr(critic, "one_pass", True))
             else:
                 self.why = "the critic is not compiled: torch.compile gives its penalty no second derivative"
             trainer.step(*self.gather(batches.order[: batches.batch_size]))
@@ -271,10 +275,12 @@ class Losses:
     Args:
         size: of the ring, in steps.
         device: where the steps are made.
+        names: of what `Trainer.step` returns, in the order of the columns.
     """
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.ring = torch.zeros(size, len(LOSSES), device=device)
+    def __init__(self, size: int, device: torch.device, names: tuple[str, ...] = LOSSES) -> None:
+        self.names = names
+        self.ring = torch.zeros(size, len(names), device=device)
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)  # the row that is written next
         self.first_bad = torch.full((), NEVER, dtype=torch.int64, device=device)  # the first step with a number that is not finite
         self.start = self.filled = 0  # row i holds step start + i + 1, for i < filled
@@ -289,7 +295,7 @@ class Losses:
 
     def write(self, out: dict[str, Tensor]) -> None:
         """On the device alone, so that a graph can hold it."""
-        row = torch.stack([out[name] for name in LOSSES]).to(self.ring.dtype)
+        row = torch.stack([out[name] for name in self.names]).to(self.ring.dtype)
         self.ring.index_copy_(0, self.slot, row.unsqueeze(0))
         self.slot += 1
 
@@ -311,7 +317,7 @@ class Pending:
 
     def __init__(self, losses: Losses) -> None:
         device = losses.ring.device
-        self.start = losses.start
+        self.start, self.names = losses.start, losses.names
         self.rows, self.first_bad = (
             torch.empty(t.shape, dtype=t.dtype, pin_memory=device.type == "cuda").copy_(t, non_blocking=True)
             for t in (losses.ring[: losses.filled], losses.first_bad)
@@ -325,6 +331,6 @@ class Pending:
         rows, bad = self.rows.tolist(), int(self.first_bad)
         words = "" if bad == NEVER else f"a loss is not finite at step {bad}"
         if self.start < bad <= self.start + len(rows):
-            pairs = zip(LOSSES, rows[bad - self.start - 1], strict=True)
+            pairs = zip(self.names, rows[bad - self.start - 1], strict=True)
             words = ", ".join(f"{k} is {v}" for k, v in pairs if not abs(v) < float("inf")) + f" at step {bad}"
-        return Reading(self.start + len(rows), dict(zip(LOSSES, rows[-1], strict=True)) if rows else {}, words)
+        return Reading(self.start + len(rows), dict(zip(self.names, rows[-1], strict=True)) if rows else {}, words)

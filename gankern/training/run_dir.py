@@ -1,7 +1,7 @@
 """RunDir: the directory of one training run, `00000-gan-mnist-b64`, and all that is read from and written to it.
 
 config.json (preset, settings, versions), log.jsonl, reals.png, fakes_init.png, fakes%06d.png, losses.png,
-checkpoint-%06d/, TensorBoard event files.
+checkpoint-%06d/, TensorBoard event files; of points and tables training.gif, of mixtures modes.jsonl too.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from gankern import checks
+from gankern.data import Table
 from gankern.training import checkpoint
 from gankern.training.config import TrainConfig
 
 OP = "run"
-CONFIG, LOG = "config.json", "log.jsonl"
+CONFIG, LOG, MODES = "config.json", "log.jsonl", "modes.jsonl"
 _RUN = re.compile(r"(\d{5,})-")
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
+_FAKES = re.compile(r"fakes(_init|\d{6,})\.png")
 
 
 class RunDir:
@@ -39,17 +41,25 @@ class RunDir:
         except ValueError as error:
             checks.fail(ValueError, OP, str(path / CONFIG), "be JSON", str(error))
         if not isinstance(content, dict) or not isinstance(content.get("preset"), str) or not _is_shape(content.get("shape")):
-            checks.fail(ValueError, OP, str(path / CONFIG), "name a preset and an image shape", "neither or one of them")
+            checks.fail(ValueError, OP, str(path / CONFIG), "name a preset and the shape of a sample", "neither or one of them")
         self.preset: str = content["preset"]
-        self.shape: tuple[int, int, int] = tuple(content["shape"])
+        self.shape: tuple[int, ...] = tuple(content["shape"])
         self.classes = content.get("classes", 0)  # of a conditional model
         if type(self.classes) is not int or self.classes < 0:
             checks.fail(ValueError, OP, str(path / CONFIG), "have classes >= 0", repr(self.classes))
+        self.table = _table(content.get("table"), self.shape[0], path)
         self.config = TrainConfig.from_json(content.get("settings"), str(path / CONFIG))
 
     @classmethod
     def create(
-        cls, preset: str, config: TrainConfig, data_name: str, shape: tuple[int, int, int], facts: dict[str, Any], classes: int = 0
+        cls,
+        preset: str,
+        config: TrainConfig,
+        data_name: str,
+        shape: tuple[int, ...],
+        facts: dict[str, Any],
+        classes: int = 0,
+        table: Table | None = None,
     ) -> RunDir:
         """Make the next free directory under config.outdir.
 
@@ -67,7 +77,7 @@ class RunDir:
                 break
             except FileExistsError:  # another run took it meanwhile
                 number += 1
-        write_config(path, preset, config, shape, facts, classes)
+        write_config(path, preset, config, shape, facts, classes, table)
         return cls(path)
 
     @classmethod
@@ -103,13 +113,13 @@ class RunDir:
 
     # --- log
 
-    def log(self, row: dict[str, float]) -> None:
-        with (self.path / LOG).open("a") as file:
+    def log(self, row: dict[str, float], name: str = LOG) -> None:
+        with (self.path / name).open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
-    def rows(self) -> list[dict[str, float]]:
-        """The rows of log.jsonl; a last line cut short by a crash is left out."""
-        path = self.path / LOG
+    def rows(self, name: str = LOG) -> list[dict[str, float]]:
+        """The rows of log.jsonl, or of modes.jsonl; a last line cut short by a crash is left out."""
+        path = self.path / name
         rows = []
         for line in path.read_text().splitlines() if path.exists() else ():
             try:
@@ -119,21 +129,40 @@ class RunDir:
         return rows
 
     def rewind(self, step: int) -> None:
-        """Forget log rows and checkpoints after `step`, which the resumed run writes anew, and leavings of a crash."""
+        """Forget log rows, pictures and checkpoints after `step`, which the resumed run writes anew, and leavings of a crash."""
         for later in [p for s, p in self.checkpoints() if s > step] + [*self.path.glob(".tmp-*"), *self.path.glob(".old-*")]:
             shutil.rmtree(later)
-        kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
-        temporary = self.path / f".{LOG}"
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self.path / LOG)
+        for later in [p for s, p in self.fakes() if s > step]:
+            later.unlink()
+        for name in (LOG, MODES):
+            kept = [json.dumps(row) + "\n" for row in self.rows(name) if row["step"] <= step]
+            if (self.path / name).exists():
+                temporary = self.path / f".{name}"
+                temporary.write_text("".join(kept))
+                os.replace(temporary, self.path / name)
+
+    # --- pictures
+
+    def fakes(self) -> list[tuple[int, Path]]:
+        """(step, path) of every picture of generated samples, in order."""
+        found = ((_FAKES.fullmatch(p.name), p) for p in self.path.iterdir())
+        return sorted((0 if match[1] == "_init" else int(match[1]), p) for match, p in found if match)
 
 
 def write_config(
-    path: Path, preset: str, config: TrainConfig, shape: tuple[int, int, int], facts: dict[str, Any], classes: int = 0
+    path: Path,
+    preset: str,
+    config: TrainConfig,
+    shape: tuple[int, ...],
+    facts: dict[str, Any],
+    classes: int = 0,
+    table: Table | None = None,
 ) -> None:
-    """Write config.json: preset, image shape, classes (0 but for a conditional model) and settings, which a resume reads, and
-    `facts` (versions, device) for people."""
+    """Write config.json: preset, shape of a sample, classes (0 but for a conditional model), what restores the units of a table,
+    and settings, which a resume reads; and `facts` (versions, device) for people."""
     content = {"preset": preset, "shape": list(shape), "classes": classes, "settings": config.to_json(), **facts}
+    if table is not None:
+        content["table"] = table._asdict()
     temporary = path / f".{CONFIG}"
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(temporary, path / CONFIG)
@@ -168,4 +197,17 @@ def _numbered(outdir: Path) -> list[tuple[int, Path]]:
 
 
 def _is_shape(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(type(v) is int and v > 0 for v in value)
+    return isinstance(value, list) and len(value) > 0 and all(type(v) is int and v > 0 for v in value)
+
+
+def _table(value: Any, features: int, path: Path) -> Table | None:
+    """What `write_config` wrote as "table", with an entry for each feature."""
+    if value is None:
+        return None
+    try:
+        table = Table(tuple(map(str, value["columns"])), tuple(map(float, value["mean"])), tuple(map(float, value["std"])))
+    except (TypeError, KeyError, ValueError):
+        table = Table((), (), ())
+    if any(len(part) != features for part in table):
+        checks.fail(ValueError, OP, str(path / CONFIG), f"have a table of {features} columns, mean and std", repr(value))
+    return table

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from gankern import checks
-from gankern.losses import GANLoss
 from gankern.models import sample_latent
-from gankern.training import precision
-from gankern.training.adam import Adam
+from gankern.nn import LinearLeakyReLU
+from gankern.training import critics, precision, techniques
 from gankern.training.config import TrainConfig
-from gankern.training.critic import Loss, choose
+from gankern.training.critics import Loss
+from gankern.training.optimizers import InPlace, make
 
 OP = "Trainer"
 
@@ -55,18 +56,16 @@ class Trainer:
         self.generator = generator.to(self.device).train()
         self.discriminator = discriminator.to(self.device).train()
         self.rng = torch.Generator(self.device).manual_seed(config.seed + 1)
-        loss = GANLoss(config.objective, config.real_label, config.fake_label)
-        self.critic = choose(discriminator, loss, config.penalty, config.penalty_weight, self.rng, one_pass)
         self.forward: Any = self.generator  # what a step calls; torch.compile may stand in for it
         capturable = self.device.type == "cuda" if capturable is None else capturable
-        betas = (config.beta1, config.beta2)
-        self.opt_g, self.opt_d = (
-            Adam(net.parameters(), lr, betas, capturable=capturable)
-            for net, lr in ((self.generator, config.lr_g), (self.discriminator, config.lr_d))
-        )
+        self.opt_g = make(config.optimizer_g, self.generator.parameters(), config.lr_g, config, capturable)
+        self.opt_d = make(config.optimizer_d, self.discriminator.parameters(), config.rate_d, config, capturable)
+        self.critic = critics.choose(discriminator, config, self.rng, one_pass, self.opt_d)
         self.ema = Ema(generator, config.ema, config.ema_warmup) if config.ema > 0.0 else None
         self.steps_done = 0
         self.clock = torch.zeros((), device=self.device) if capturable else None  # steps_done, for what a graph replays
+        self.techniques = techniques.wanted(self)
+        self._used = tuple(self.techniques.values())
 
     def step(self, real: Tensor, *labels: Tensor) -> dict[str, Tensor]:
         """n_critic updates of the critic, one of the generator.
@@ -76,8 +75,8 @@ class Trainer:
             labels: nothing, or their classes, int64 [n_critic * B], which the fakes get too.
 
         Returns:
-            Detached scalars on the device: d_loss, d_real = D(x), d_fake = D(G(z)) of the critic before its last update, and
-            g_loss after it.
+            Detached scalars on the device: d_loss, d_real and d_fake of the critic before its last update, and g_loss after it.
+            d_real and d_fake are D(x) and D(G(z)), or the energies or features' statistics that gankern.training.critics has.
 
         Raises:
             ValueError: real is no multiple of n_critic samples.
@@ -100,16 +99,26 @@ class Trainer:
         self.steps_done += 1
         if self.clock is not None:
             self.clock += 1
-        return {"d_loss": d.value, "g_loss": g.value, "d_real": d.d_real, "d_fake": d.d_fake}
+        for technique in self._used:
+            technique.after_step()
+        out = {"d_loss": d.value, "g_loss": g.value, "d_real": d.d_real, "d_fake": d.d_fake}
+        for technique in self._used:
+            out |= technique.columns()
+        return out
 
     def fake(self, n: int, *labels: Tensor) -> Tensor:
         with self.autocast():
             return self.forward(self.noise(n), *labels)
 
     def discriminator_step(self, real: Tensor, fake: Tensor, *labels: Tensor) -> Loss:
+        if not self.critic.learns:
+            return self.critic.discriminator(real, fake, *labels)
         self.opt_d.forget()
         with self.autocast():
-            out = self.critic.discriminator(real, fake, *labels)
+            for technique in self._used:
+                fake = technique.fakes(fake)
+                technique.before_critic(real, fake)
+            out = self.critic.discriminator(self.seen(real), self.seen(fake), *labels)
         out.backward()
         self.update(self.opt_d)
         if self.config.clip_weights:
@@ -119,15 +128,34 @@ class Trainer:
     def generator_step(self, fake: Tensor, real: Tensor, *labels: Tensor) -> Loss:
         self.opt_g.forget()
         with self.autocast():
-            out = self.critic.generator(fake, real, *labels)
+            out = self.critic.generator(self.seen(fake), self.seen(real), *labels)
+            for technique in self._used:
+                term = technique.term(fake, real, *labels)
+                out = out if term is None else critics.WithTerm(out, term)
         out.backward()
         self.update(self.opt_g)
         return out
 
-    def update(self, optimizer: Adam) -> None:
+    def seen(self, samples: Tensor) -> Tensor:
+        """What the critic is shown in place of samples."""
+        for technique in self._used:
+            samples = technique.seen(samples)
+        return samples
+
+    def update(self, optimizer: InPlace) -> None:
+        for technique in self._used:
+            technique.gradients(optimizer)
         if self.config.clip_gradients:
             torch.nn.utils.clip_grad_norm_(optimizer.parameters, self.config.clip_gradients)
         optimizer.update()
+
+    def fading(self, steps: int) -> float | Tensor:
+        """1 at the first step, 0 from step number `steps` on, linear between them; 1 for ever if `steps` is 0."""
+        if not steps:
+            return 1.0
+        if self.clock is not None:
+            return (1.0 - self.clock / steps).clamp_min(0.0)
+        return max(0.0, 1.0 - self.steps_done / steps)
 
     def noise(self, n: int) -> Tensor:
         return sample_latent(n, self.config.z_dim, self.config.latent, self.rng, self.device)
@@ -136,8 +164,13 @@ class Trainer:
         return precision.autocast(self.config.precision, self.device)
 
     def sample(self, z: Tensor, *labels: Tensor) -> Tensor:
-        """G(z) in evaluation mode and float32, of the EMA weights if there are any; z is [N, z_dim] (labels [N]) on any device."""
-        return generate(self.generator if self.ema is None else self.ema.model, *(t.to(self.device) for t in (z, *labels)))
+        """G(z) in evaluation mode and float32, of the EMA weights if there are any; z is [N, z_dim] (labels [N]) on any device.
+
+        With config.sample_dropout its dropout draws from PyTorch's default generator, which is put back.
+        """
+        generator = self.generator if self.ema is None else self.ema.model
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else [], self.config.sample_dropout):
+            return generate(generator, *(t.to(self.device) for t in (z, *labels)), dropout=self.config.sample_dropout)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs: a flat dict of tensors and ints."""
@@ -148,10 +181,9 @@ class Trainer:
             state |= {f"{name}.{key}": value for key, value in model.state_dict().items()}
         for name, optimizer in self._optimizers().items():
             for index, slots in optimizer.state_dict()["state"].items():
-                state |= {f"{name}.{index}.{slot}": value for slot, value in slots.items()} | {
-                    f"{name}.{index}.step": slots["step"].clone()  # one tensor for all: a file holds each by itself
-                }
-        return state
+                # the step count is one tensor for all: a file holds each by itself
+                state |= {f"{name}.{index}.{slot}": v.clone() if slot == "step" else v for slot, v in slots.items()}
+        return state | self._lasting()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`, for a trainer of the same settings and device type.
@@ -167,6 +199,8 @@ class Trainer:
         torch.set_rng_state(state["rng.default"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng.cuda"], self.device)
+        for key, value in self._lasting().items():
+            value.copy_(state[key])
         for name, model in self._models().items():
             model.load_state_dict(_below(state, name))
         for name, optimizer in self._optimizers().items():
@@ -177,11 +211,21 @@ class Trainer:
             optimizer.load_slots(slots)
 
     def _models(self) -> dict[str, nn.Module]:
-        ema = {} if self.ema is None else {"ema": self.ema.model}
-        return {"generator": self.generator, "discriminator": self.discriminator, **ema}
+        more = {} if self.ema is None else {"ema": self.ema.model}
+        for technique in self._used:
+            more |= technique.models()
+        return {"generator": self.generator, "discriminator": self.discriminator, **more}
 
-    def _optimizers(self) -> dict[str, Adam]:
-        return {"opt_g": self.opt_g, "opt_d": self.opt_d}
+    def _optimizers(self) -> dict[str, InPlace]:
+        more: dict[str, InPlace] = {}
+        for technique in self._used:
+            more |= technique.optimizers()
+        return {"opt_g": self.opt_g, "opt_d": self.opt_d, **more}
+
+    def _lasting(self) -> dict[str, Tensor]:
+        """The tensors that the critic's objective and the techniques keep from step to step."""
+        keepers: dict[str, critics.Critic | techniques.Technique] = {"critic": self.critic, **self.techniques}
+        return {f"{name}.{key}": value for name, keeper in keepers.items() for key, value in keeper.state().items()}
 
 
 class Ema:
@@ -225,10 +269,11 @@ def clip_(parameters: list[Tensor], limit: float) -> None:
 
 
 @torch.no_grad()
-def generate(generator: nn.Module, z: Tensor, *labels: Tensor, chunk: int = 512) -> Tensor:
-    """G(z) or G(z, labels) in evaluation mode, in chunks; the mode is put back."""
+def generate(generator: nn.Module, z: Tensor, *labels: Tensor, chunk: int = 512, dropout: bool = False) -> Tensor:
+    """G(z) or G(z, labels) in evaluation mode, in chunks; the mode is put back. `dropout`: that stays as in training."""
     training = generator.training
-    generator.eval()
+    for m in generator.modules():
+        m.training = dropout and isinstance(m, (_DropoutNd, LinearLeakyReLU))
     try:
         return torch.cat([generator(*parts) for parts in zip(*(t.split(chunk) for t in (z, *labels)), strict=True)])
     finally:

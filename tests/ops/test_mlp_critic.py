@@ -30,6 +30,7 @@ PENALTIES: dict[str, dict[str, Any]] = {
     "one-sided": {"penalty_weight": 3.0, "sided": "one", "target": 0.4},
     "r1": {"penalty_weight": 5.0, "target": 0.0, "sample": "real"},
     "r2": {"penalty_weight": 5.0, "target": 0.0, "sample": "fake"},
+    "r1r2": {"penalty_weight": 5.0, "target": 0.0, "sample": "both"},
     "given": {"penalty_weight": 2.0, "target": 0.5, "x_hat": True},
 }
 COMPILABLE = ["reference", "compiled"] + ["triton"] * (DEVICE != "cpu")
@@ -58,7 +59,7 @@ def points(real: Tensor, fake: Tensor, settings: dict[str, Any]) -> tuple[dict[s
         settings["x_hat"] = randn(5, real[0].numel(), seed=70, dtype=real.dtype)
         return settings, settings["x_hat"]
     if settings.get("sample", "line") != "line":
-        return settings, real if settings["sample"] == "real" else fake
+        return settings, {"real": real, "fake": fake, "both": torch.cat([real, fake])}[settings["sample"]]
     settings["eps"] = randn(len(real), 1, seed=71, dtype=real.dtype).sigmoid()
     return settings, settings["eps"] * real + (1 - settings["eps"]) * fake
 
@@ -78,6 +79,7 @@ def eager(
     penalty_weight: float = 0.0,
     target: float = 1.0,
     sided: str = "two",
+    sample: str = "line",
     **_: Any,
 ) -> dict[str, Tensor]:
     """The oracle: three passes through the critic and PyTorch's autograd, as users of plain PyTorch write it."""
@@ -94,7 +96,8 @@ def eager(
         x = at.detach().requires_grad_()
         (g,) = torch.autograd.grad(critic(x, "x_hat").sum(), x, create_graph=True)
         gap = g.flatten(1).to(out.loss.dtype).norm(2, dim=1) - target
-        penalty = penalty_weight * (gap.clamp_min(0) if sided == "one" else gap).square().mean()
+        halves = gap.chunk(2 if sample == "both" else 1)
+        penalty = penalty_weight * sum((h.clamp_min(0) if sided == "one" else h).square().mean() for h in halves)
     parameters = [p for p in (*weights, *biases) if p is not None]
     grads = torch.autograd.grad(out.loss + penalty, parameters, allow_unused=True, materialize_grads=True)
     found = {"loss": out.loss + penalty, "penalty": penalty, "adversarial": out.loss, "stats": out.stats}
@@ -755,6 +758,8 @@ BAD: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "real must be a torch.Tensor, got int", {"real": 3}),
     (TypeError, "real must be float64, float32, bfloat16 or float16, got int64", {"real": torch.zeros(6, 7, dtype=torch.int64)}),
     (ValueError, r"real must have shape \[B, \*\], got shape \[7\]", {"real": torch.zeros(7)}),
+    (ValueError, "fake must have 6 samples, as real, to penalise both, got 5", {
+        "fake": randn(5, 7, seed=0), "penalty_weight": 1.0, "sample": "both"}),
     (TypeError, "fake must have dtype float64, got float32", {"fake": torch.zeros(6, 7, device=DEVICE)}),
     (ValueError, r"fake must have 7 elements a sample, as real, got shape \[6, 8\]", {"fake": randn(6, 8, seed=0)}),
     (ValueError, "fake must have 6 samples, as real, for the line between them, got 5", {
@@ -774,7 +779,7 @@ BAD: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "penalty_weight must be a finite number >= 0, got -1", {"penalty_weight": -1}),
     (ValueError, "target must be a finite number >= 0, got nan", {"target": math.nan}),
     (ValueError, "sided must be one of one, two, got 'three'", {"sided": "three"}),
-    (ValueError, "sample must be one of line, real, fake, got 'x'", {"sample": "x"}),
+    (ValueError, "sample must be one of line, real, fake, both, got 'x'", {"sample": "x"}),
     (ValueError, "objective must be one of .*, got 'x'", {"objective": "x"}),
     (ValueError, "eps must have one value for each of 6 samples, got 5", {"eps": torch.zeros(5), "penalty_weight": 1.0}),
 ]  # fmt: skip

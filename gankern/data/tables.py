@@ -1,0 +1,69 @@
+"""Tables of numbers: standardised, each column to mean 0 and standard deviation 1; and CSV files."""
+
+from __future__ import annotations
+
+import array
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gankern import checks
+from gankern.data.dataset import OP, Dataset, Table
+
+
+def standardised(values: np.ndarray, columns: Sequence[str], path: Path, note: str) -> Dataset:
+    """The rows of `values` [N, F] as float32 samples, with what restores them. A column of one value keeps its scale."""
+    values = values.astype(np.float64)
+    if values.size == 0:
+        checks.fail(ValueError, OP, "table", "have at least one row and one column", f"shape {list(values.shape)} in {path}")
+    row, column = (int(i[0]) if len(i) else -1 for i in np.nonzero(~np.isfinite(values)))
+    if row >= 0:
+        checks.fail(ValueError, OP, f"column {columns[column]}", "hold finite numbers", f"{values[row, column]} in {path}")
+    mean, std = values.mean(0), np.where(np.ptp(values, 0) > 0.0, values.std(0), 1.0)
+    samples = torch.from_numpy(((values - mean) / std).astype(np.float32))
+    table = Table(tuple(columns), tuple(mean.tolist()), tuple(std.tolist()))
+    return Dataset(samples, name=path.stem, note=f"{note}, columns standardised", table=table)
+
+
+def read_csv(path: Path, limit: int | None) -> Dataset:
+    """Comma-separated numbers, under a line of names unless all of the first line are numbers; blank lines are passed over."""
+    values = array.array("d")
+    columns: list[str] = []
+    count = 0
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            for row in reader:
+                if not row:
+                    continue
+                if not columns:
+                    named = not all(map(_is_number, row))
+                    columns = row if named else [f"x{i + 1}" for i in range(len(row))]
+                    if named:
+                        continue
+                if len(row) != len(columns):
+                    wanted = f"have {len(columns)} entries in each line"
+                    checks.fail(ValueError, OP, "table", wanted, f"{len(row)} in line {reader.line_num} of {path}")
+                try:
+                    values.extend(map(float, row))
+                except ValueError:
+                    name, entry = next((name, entry) for name, entry in zip(columns, row, strict=True) if not _is_number(entry))
+                    where = f"{entry!r} in line {reader.line_num} of {path}"
+                    checks.fail(ValueError, OP, f"column {name}", "hold numbers", where)
+                count += 1
+                if count == limit:
+                    break
+    except (UnicodeDecodeError, csv.Error) as error:
+        checks.fail(ValueError, OP, "source", "be a CSV file in UTF-8", f"{path}: {error}")
+    return standardised(np.array(values).reshape(count, len(columns)), columns, path, f"CSV of {count} rows")
+
+
+def _is_number(entry: str) -> bool:
+    try:
+        float(entry)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,52 @@
+"""Autograd: any critic that gives logits, by autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gankern.losses import GANLoss
+from gankern.regularizers import gradient_penalty
+from gankern.training.critics._common import PENALTIES, Critic, Loss, WithTerm, draw_eps, frozen, mixes
+
+
+class Autograd(Critic):
+    """By autograd, for any network. Real and fake go through it in one pass where that changes nothing."""
+
+    def __init__(
+        self, net: nn.Module, loss: GANLoss, penalty: str, penalty_weight: float, rng: torch.Generator, one_pass: bool | None = None
+    ) -> None:
+        self.net, self.loss, self.rng = net, loss, rng
+        self.penalty: dict[str, Any] = PENALTIES[penalty] and {**PENALTIES[penalty], "weight": penalty_weight}
+        self.parameters = [p for p in net.parameters() if p.requires_grad]
+        self.one_pass = not mixes(net) if one_pass is None else one_pass
+
+    def discriminator(self, real: Tensor, fake: Tensor, *labels: Tensor) -> Loss:
+        if self.one_pass:
+            logits = self.net(torch.cat([real, fake]), *(torch.cat([c, c]) for c in labels))
+            out = self.loss.discriminator_from(logits, logits.numel() * len(real) // (len(real) + len(fake)))
+        else:
+            out = self.loss.discriminator(self.net(real, *labels), self.net(fake, *labels))
+        net: Any = self.net
+        if self.penalty and not labels and hasattr(net, "inputs"):  # a critic of packs has an input gradient for each pack
+            net, real, fake = net.layers, net.inputs(real), net.inputs(fake)
+        return self.penalised(out, net, real, fake, *labels)
+
+    def penalised(self, out: Loss, net: Callable[..., Tensor], real: Tensor, fake: Tensor, *labels: Tensor) -> Loss:
+        """The loss and the penalty of the scores that `net` gives."""
+        if not self.penalty:
+            return out
+        eps = draw_eps(real, self.rng) if self.penalty["sample"] == "line" else None
+        cond = tuple(torch.cat([c, c]) for c in labels) if self.penalty["sample"] == "both" else labels
+        penalty = gradient_penalty(
+            net, real, fake, cond=cond or None, eps=eps, generator=self.rng, attached=fake.requires_grad, **self.penalty
+        )
+        return WithTerm(out, penalty)
+
+    def generator(self, fake: Tensor, real: Tensor, *labels: Tensor) -> Loss:
+        with frozen(self.parameters):
+            reference = self.net(real, *labels) if self.loss.relativistic else None
+            return self.loss.generator(self.net(fake, *labels), reference)

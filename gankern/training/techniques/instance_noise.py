@@ -1,0 +1,20 @@
+"""InstanceNoise: the critic sees every sample, real or fake, through Gaussian noise that fades."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gankern.training.techniques._technique import Technique
+
+
+class InstanceNoise(Technique):
+    """x + s e, e ~ N(0, 1) for each entry, s = instance_noise * max(0, 1 - step / instance_noise_steps); 0 steps: it stays.
+
+    Source: Sønderby et al., "Amortised MAP inference for image super-resolution", ICLR 2017, section 3.2; Arjovsky and Bottou,
+    "Towards principled methods for training generative adversarial networks", ICLR 2017, section 3.
+    """
+
+    def seen(self, samples: Tensor) -> Tensor:
+        noise = torch.randn(samples.shape, device=samples.device, dtype=samples.dtype, generator=self.rng)
+        return samples + self.config.instance_noise * self.trainer.fading(self.config.instance_noise_steps) * noise

@@ -1,0 +1,348 @@
+"""The techniques of a step: each against its formula, resumable bit for bit, and refused where it has no meaning."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gankern.training import TrainConfig, Trainer, checkpoint
+from gankern.training.graph import Eager
+from tests import small
+
+
+def spied(settings: TrainConfig) -> tuple[Trainer, list[tuple[Tensor, ...]]]:
+    """A trainer, and a list that gets (real, fake, logits of real, logits of fake) of each update of its critic, before it."""
+    trainer, seen = small.trainer(settings), []
+    ask = trainer.critic.discriminator
+
+    def asked(real: Tensor, fake: Tensor, *labels: Tensor) -> Any:
+        with torch.no_grad():
+            seen.append((real, fake, *(trainer.discriminator(x, *labels) for x in (real, fake))))
+        return ask(real, fake, *labels)
+
+    trainer.critic.discriminator = asked  # type: ignore[method-assign]
+    return trainer, seen
+
+
+def reals(settings: TrainConfig, seed: int = 0) -> Tensor:
+    n = settings.batch_size * settings.n_critic
+    return torch.rand(n, *small.shape(settings), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+PLAIN: dict[str, Any] = {"d_dropout": 0.0, "label_smoothing": 1.0, "ema": 0.0}
+
+
+@pytest.mark.parametrize("technique", small.TECHNIQUES)
+@pytest.mark.parametrize("preset", ["gan", "dcgan"])
+def test_resumed_steps_equal_uninterrupted_ones(technique: str, preset: str, tmp_path: Path) -> None:
+    settings = small.config(preset, **{"d_norm": "none", **small.TECHNIQUES[technique]})
+    whole, first, second = (small.trainer(settings) for _ in range(3))
+    batches = [reals(settings, i) for i in range(4)]
+    torch.manual_seed(1)
+    for x in batches:
+        whole.step(x)
+    torch.manual_seed(1)
+    for x in batches[:2]:
+        first.step(x)
+    checkpoint.save(tmp_path / "saved", first.state_dict())
+    torch.manual_seed(2)
+    second.load_state_dict(checkpoint.load(tmp_path / "saved"))
+    for x in batches[2:]:
+        second.step(x)
+    ends = whole.state_dict(), second.state_dict()
+    assert ends[0].keys() == ends[1].keys()
+    for key, value in ends[0].items():
+        assert torch.equal(value, ends[1][key]) if isinstance(value, Tensor) else value == ends[1][key], key
+
+
+@pytest.mark.parametrize("technique", [name for name in small.TECHNIQUES if name != "log-gradients"])
+def test_technique_changes_the_step(technique: str) -> None:
+    plain, other = (small.trainer(small.config("gan", **changes)) for changes in ({}, small.TECHNIQUES[technique]))
+    for t in (plain, other):
+        torch.manual_seed(1)
+        for i in range(3):
+            t.step(reals(t.config, i))
+    same = [torch.equal(a, b) for a, b in zip(plain.generator.parameters(), other.generator.parameters(), strict=True)]
+    assert not all(same)
+
+
+# --- labels
+
+
+@pytest.mark.parametrize("preset", ["gan", "dcgan", "ctgan-like"])
+def test_drawn_labels_enter_the_loss(preset: str) -> None:
+    ranges: dict[str, Any] = {"real_label_range": (0.7, 1.2), "fake_label_range": (0.0, 0.3)}
+    loss: dict[str, Any] = {"loss": "non-saturating", "penalty": "none", "d_norm": "none"}
+    t, seen = spied(small.config(preset, **{**PLAIN, **loss, **ranges}))
+    out = t.step(reals(t.config))
+    (_, _, a, b), (real, fake) = seen[0], (t.critic.loss.real_label, t.critic.loss.fake_label)
+    assert isinstance(real, Tensor)
+    assert isinstance(fake, Tensor)
+    assert len(a) == len(real) == t.config.batch_size // t.config.pack
+    expected = F.softplus(a) - real * a + F.softplus(b) - fake * b
+    torch.testing.assert_close(out["d_loss"], expected.mean())
+
+
+def test_labels_are_drawn_from_their_ranges_and_swapped() -> None:
+    many: dict[str, Any] = {"batch_size": 20000, "d_widths": (2,), "g_widths": (2,)}
+    t = small.trainer(small.config("gan", real_label_range=(0.7, 1.2), fake_label_range=(0.0, 0.3), label_noise=0.1, **many))
+    x = torch.zeros(20000, *small.shape(t.config))
+    t.step(x)
+    real, fake = t.critic.loss.real_label, t.critic.loss.fake_label
+    for own, (low, high), (a, b) in ((real, (0.7, 1.2), (0.0, 0.3)), (fake, (0.0, 0.3), (0.7, 1.2))):
+        inside = own[(own >= low) & (own <= high)]
+        assert torch.equal(own[(own < low) | (own > high)].clamp(a, b), own[(own < low) | (own > high)])
+        assert abs(len(inside) / len(own) - 0.9) < 0.01
+        assert abs(inside.mean() - (low + high) / 2) < 0.005
+        assert abs(inside.std() - (high - low) / 12**0.5) < 0.005
+    assert not torch.equal(real, (t.step(x), t.critic.loss.real_label)[1])  # anew at each update
+    single = small.trainer(small.config("gan", label_noise=0.25, label_smoothing=0.9, fake_label=0.1, **many))
+    single.step(x)
+    values, counts = single.critic.loss.real_label.unique(return_counts=True)
+    torch.testing.assert_close(values, torch.tensor([0.1, 0.9]))
+    assert abs(counts[0] / 20000 - 0.25) < 0.01
+    assert "real_label=drawn" in repr(single.critic.loss)
+
+
+# --- replay
+
+
+def test_replayed_fakes_are_earlier_ones() -> None:
+    t, seen = spied(small.config("gan", batch_size=8, replay=10, n_critic=3))
+    made: list[Tensor] = []
+    fake = t.fake
+    t.fake = lambda *args: made.append(fake(*args)) or made[-1]  # type: ignore[method-assign,func-returns-value]
+    for i in range(6):
+        t.step(reals(t.config, i))
+    for update, (_, shown, *_) in enumerate(seen):
+        now, before = made[update].detach(), torch.cat([m[:4] for m in made[:update]] or [torch.empty(0, *shown.shape[1:])])
+        assert torch.equal(shown[:4], now[:4])
+        if update == 0:
+            assert torch.equal(shown, now)
+            continue
+        which = [[i for i, b in enumerate(before) if torch.equal(b, x)] for x in shown[4:]]
+        assert all(len(w) == 1 for w in which)
+        assert len({w[0] for w in which}) == 4
+    assert t.techniques["replay"].state()["filled"].sum() == 10
+    kept = t.techniques["replay"].state()["buffer"]
+    assert all(any(torch.equal(k, x) for k in kept) for x in made[-1][:4].detach())
+
+
+def test_replay_keeps_packs_whole() -> None:
+    """Two packs of ten in a batch: the second is of earlier fakes, and the first goes into the buffer."""
+    t, seen = spied(small.config("ctgan-like", replay=10, n_critic=1))
+    for i in range(3):
+        t.step(reals(t.config, i))
+        buffer = t.techniques["replay"].state()["buffer"].clone()
+        assert all(any(torch.equal(x, b) for b in buffer) for x in seen[i][1][:10])
+    assert all(any(torch.equal(x, y) for y in seen[1][1][:10]) for x in seen[2][1][10:])
+
+
+# --- feature matching
+
+
+def features(net: Any, x: Tensor) -> Tensor:
+    """What the last layer takes, layer by layer."""
+    layers = net.layers[:-1] if hasattr(net, "layers") else nn.Sequential(*list(net)[:-1])
+    return layers(net.inputs(x) if hasattr(net, "inputs") else x)
+
+
+@pytest.mark.parametrize("preset", ["gan", "dcgan", "ctgan-like"])
+def test_feature_matching(preset: str) -> None:
+    changes: dict[str, Any] = {**PLAIN, "loss": "lsgan", "penalty": "none", "spectral_norm": False}
+    plain, alone, both = (
+        small.trainer(small.config(preset, **changes, **more))
+        for more in ({}, {"generator_loss": "matching"}, {"feature_matching": 0.7})
+    )
+    x = reals(plain.config)
+    fake = plain.fake(len(x)).detach().requires_grad_()
+    with torch.no_grad():
+        wanted = features(plain.discriminator, x).mean(0)
+    expected = (features(plain.discriminator, fake).mean(0) - wanted).square().sum()
+    (slope,) = torch.autograd.grad(expected, fake)
+    out = alone.critic.generator(fake, x)
+    out.backward()
+    torch.testing.assert_close(out.value, expected.detach())
+    torch.testing.assert_close(fake.grad, slope)
+    torch.testing.assert_close(out.d_fake, plain.critic.generator(fake, x).d_fake)
+    torch.testing.assert_close(both.techniques["feature_matching"].term(fake, x), 0.7 * expected)
+    assert all(p.grad is None and p.requires_grad for p in alone.discriminator.parameters())
+    values = [t.step(x)["g_loss"] for t in (plain, both)]
+    assert values[1] > values[0]
+
+
+# --- historical averaging
+
+
+def test_historical_averaging_adds_the_gradient_of_its_term() -> None:
+    t = small.trainer(small.config("gan", **PLAIN, historical_averaging=0.3, n_critic=2, optimizer_d="sgd", lr_d=0.1))
+    past: list[Tensor] = []
+    optimizer, plain = t.opt_d, []
+    technique = t.techniques["historical_averaging"]
+    before, after = technique.gradients, []
+
+    def hooked(which: Any) -> None:
+        if which is optimizer:
+            past.append(torch.cat([p.detach().flatten() for p in optimizer.parameters]))
+            plain.append(torch.cat([p.grad.flatten() for p in optimizer.parameters]))  # type: ignore[union-attr]
+        before(which)
+        if which is optimizer:
+            after.append(torch.cat([p.grad.flatten() for p in optimizer.parameters]))  # type: ignore[union-attr]
+
+    technique.gradients = hooked  # type: ignore[method-assign]
+    for i in range(3):
+        t.step(reals(t.config, i))
+    assert len(past) == 6
+    for i, (old, new) in enumerate(zip(plain, after, strict=True)):
+        theta = past[i].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(0.3 * (theta - torch.stack(past[: i + 1]).mean(0)).square().sum(), theta)
+        torch.testing.assert_close(new - old, slope, rtol=1e-4, atol=1e-6)
+    assert (after[-1] - plain[-1]).norm() > 0
+    assert technique.state()["d.count"] == 6
+
+
+# --- norms of gradients
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_norms_of_the_gradients_are_logged(capturable: bool) -> None:
+    settings = small.config("gan", log_gradients=True, historical_averaging=0.1, n_critic=2)
+    t, other = small.trainer(settings, capturable=capturable), small.trainer(dataclasses.replace(settings, log_gradients=False))
+    for trainer in (t, other):
+        torch.manual_seed(1)
+        trainer.step(reals(settings, 0))
+        out = trainer.step(reals(settings, 1))
+        if trainer is t:
+            norms = {name: out[name].item() for name in ("g_grad_norm", "d_grad_norm")}
+    for name, optimizer in (("g_grad_norm", other.opt_g), ("d_grad_norm", other.opt_d)):
+        expected = torch.cat([p.grad.flatten() for p in optimizer.parameters]).norm()  # type: ignore[union-attr]
+        torch.testing.assert_close(torch.tensor(norms[name]), expected)
+    engine = Eager(t, small.batches(settings))
+    out = engine.step()
+    values = engine.losses.request().read().values
+    assert values == {name: out[name].item() for name in ("d_loss", "g_loss", "d_real", "d_fake", "g_grad_norm", "d_grad_norm")}
+
+
+# --- VAE-GAN
+
+
+@pytest.mark.parametrize("reconstruct", ["pixels", "features"])
+def test_vae_term_and_its_gradients(reconstruct: str) -> None:
+    changes: dict[str, Any] = {**PLAIN, "reconstruction": 0.3, "kl": 0.7, "reconstruct": reconstruct}
+    t = small.trainer(small.config("gan", **changes))
+    technique: Any = t.techniques["reconstruction"]
+    x, state = reals(t.config), t.rng.get_state()
+    fake = t.fake(len(x))
+    before = t.rng.get_state()
+    term = technique.term(fake, x)
+    t.rng.set_state(before)
+    mean, log_variance = technique.encoder(x)
+    s = (log_variance / 2).exp()
+    again = t.generator(mean + s * torch.randn(mean.shape, generator=t.rng))
+    a, b = (x, again) if reconstruct == "pixels" else (features(t.discriminator, x).detach(), features(t.discriminator, again))
+    law = torch.distributions.kl_divergence(torch.distributions.Normal(mean, s), torch.distributions.Normal(0.0, 1.0))
+    expected = 0.3 * (a - b).flatten(1).norm(dim=1).square().mean() + 0.7 * law.sum(1).mean()
+    torch.testing.assert_close(term, expected)
+    learners = [*t.generator.parameters(), *technique.encoder.parameters()]
+    for got, want in zip(torch.autograd.grad(term, learners), torch.autograd.grad(expected, learners), strict=True):
+        torch.testing.assert_close(got, want)
+    assert not any(p.grad is not None for p in t.discriminator.parameters())
+    t.rng.set_state(state)
+    old = [p.detach().clone() for p in technique.encoder.parameters()]
+    t.step(x)
+    assert not any(torch.equal(p, q) for p, q in zip(technique.encoder.parameters(), old, strict=True))
+
+
+def test_vae_learns_to_encode_what_the_generator_makes() -> None:
+    """On two points, far apart, the reconstruction alone brings the error down."""
+    t = small.trainer(small.config("gan", **PLAIN, reconstruction=1.0, kl=0.01, lr_g=5e-3, g_widths=(32,), batch_size=16))
+    x = torch.cat([torch.full((8, *small.shape(t.config)), 0.7), torch.full((8, *small.shape(t.config)), -0.7)])
+    errors = []
+    for _ in range(150):
+        t.step(x)
+        mean, _ = t.techniques["reconstruction"].models()["encoder"](x)
+        errors.append((t.generator(mean) - x).square().mean().item())
+    assert errors[-1] < 0.1 * errors[0]
+
+
+# --- the generator's spectral norm, and dropout where samples are drawn
+
+
+def test_spectral_norm_of_the_generator() -> None:
+    t = small.trainer(small.config("gan", spectral_norm_g=True, g_widths=(30, 20)))
+    for i in range(3):
+        t.step(reals(t.config, i))
+    linears = [m for m in t.generator.modules() if isinstance(m, nn.Linear)]
+    assert len(linears) == 3
+    for m in linears:
+        assert abs(torch.linalg.matrix_norm(m.weight.detach(), 2) - 1) < 0.05
+    assert not any(hasattr(m, "parametrizations") for m in t.discriminator.modules())
+
+
+@pytest.mark.parametrize("preset", ["gan", "gan-bn"])
+def test_dropout_in_drawn_samples(preset: str) -> None:
+    settings = small.config(preset, g_dropout=0.5, g_widths=(200,), ema=0.9)
+    plain, dropped = small.trainer(settings), small.trainer(dataclasses.replace(settings, sample_dropout=True))
+    for t in (plain, dropped):
+        torch.manual_seed(1)
+        t.step(reals(settings))
+    z = torch.randn(50, settings.z_dim)
+    assert torch.equal(plain.sample(z), plain.sample(z))
+    before = torch.get_rng_state()
+    first = dropped.sample(z)
+    assert torch.equal(torch.get_rng_state(), before)  # the training's draws do not depend on pictures
+    torch.rand(1)
+    assert not torch.equal(dropped.sample(z), first)
+    draws = []
+    for _ in range(200):
+        draws.append(dropped.sample(z))
+        torch.rand(1)
+    assert (torch.stack(draws).mean(0) - plain.sample(z)).abs().mean() < 0.02  # tanh is near linear here
+    assert dropped.generator.training
+    assert not dropped.ema.model.training  # type: ignore[union-attr]
+    norms = [m for m in dropped.ema.model.modules() if isinstance(m, nn.BatchNorm1d)]  # type: ignore[union-attr]
+    assert len(norms) == (preset == "gan-bn")
+    assert all(torch.equal(a, b) for a, b in zip(plain.generator.buffers(), dropped.generator.buffers(), strict=True))
+
+
+# --- refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"real_label_range": (1.2, 0.7)}, "real_label_range must be two numbers, the smaller one first, or nothing"),
+        ({"real_label_range": (0.7,)}, "real_label_range must be two numbers"),
+        ({"real_label_range": (0.9, 1.2)}, "real_label_range must have its middle in .0, 1. with --loss non-saturating"),
+        ({"fake_label_range": (-0.4, 0.3)}, "fake_label_range must have its middle"),
+        ({"label_noise": 1.1}, "label_noise must be in .0, 1."),
+        ({"loss": "hinge", "real_label_range": (0.9, 1.0)}, "real_label_range must be left out with --loss hinge"),
+        ({"feature_matching": 1.0, "generator_loss": "matching"}, "feature_matching must be 0 with --generator-loss matching"),
+        ({"loss": "ebgan", "feature_matching": 1.0}, "feature_matching must be left out with --loss ebgan"),
+        ({"loss": "mmd", "generator_loss": "matching"}, "generator_loss must be left out with --loss mmd"),
+        ({"arch": "cgan", "replay": 100}, "replay must be 0 with --arch cgan"),
+        ({"kl": 0.1}, "kl must be 0 without --reconstruction"),
+        ({"kl": 0.1, "reconstruction": 1.0, "latent": "uniform"}, "latent must be normal with --kl"),
+        ({"loss": "ebgan", "reconstruction": 1.0, "reconstruct": "features"}, "reconstruct must be pixels with --loss ebgan"),
+        ({"arch": "cgan", "reconstruction": 1.0}, "reconstruction must be 0 with --arch cgan"),
+        ({"loss": "mmd", "replay": 100}, "replay must be 0 with --loss mmd"),
+        ({"replay": 31}, "replay must be >= 32, half of --batch-size"),
+        ({"unroll": 1, "generator_loss": "matching"}, "unroll must be 0 with --generator-loss matching"),
+        ({"unroll": 1, "historical_averaging": 0.1}, "unroll must be 0 with --historical-averaging"),
+        ({"loss": "mmd", "label_noise": 0.1}, "label_noise must be 0 with --loss mmd"),
+    ],
+)
+def test_refused_settings(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"^train: {words}"):
+        TrainConfig(**changes)
+
+
+def test_settings_at_the_border_are_taken() -> None:
+    TrainConfig(loss="lsgan", real_label_range=(1.0, 2.0))
+    TrainConfig(loss="hinge", label_noise=0.1)
