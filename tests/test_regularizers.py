@@ -740,6 +740,7 @@ def distributed_steps(rank: int, folder: str, names: list[str]) -> None:
                 (critic(fake[half]).mean() - critic(real[half]).mean() + penalty).backward()
         if rank == 0:
             torch.save([p.grad for p in critic.parameters()], f"{folder}/{name}")
+        del critic  # before the process group: its reducer must not be the last to let go of it
     dist.destroy_process_group()
 
 
