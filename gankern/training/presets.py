@@ -230,13 +230,14 @@ PRESETS = {
             lr_d=1e-3, ema=0.999,
         ),
     ),
+    # Equal rates and a quick k: where the generator is slower than the critic, k stays near 0, and nothing moves it off one digit.
     "began": Preset(
         "energies kept in balance, two MLPs",
         "Berthelot, Schumm, Metz 2017",
         "smooth digits; d_real falls, d_fake stays at began_gamma times it",
         TrainConfig(
-            arch="autoencoder", loss="began", began_gamma=0.7, began_lambda=0.01, d_widths=(512, 256), g_norm="batch", lr_d=1e-3,
-            ema=0.999,
+            arch="autoencoder", loss="began", began_gamma=0.8, began_lambda=0.05, z_dim=64, d_widths=(512, 256), g_norm="batch",
+            lr_g=5e-4, lr_d=5e-4, ema=0.999,
         ),
     ),
     "ctgan-like": Preset(
