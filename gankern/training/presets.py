@@ -114,7 +114,7 @@ PRESETS = {
             f"the critic bounds the {words} from below, two MLPs",
             "Nowozin et al. 2016",
             expect,
-            TrainConfig(**_MLP, loss=loss, generator_loss="non-saturating", lr_d=1e-4, lr_g=1e-4),  # type: ignore[arg-type]
+            TrainConfig(**_MLP, loss=loss, generator_loss="non-saturating", lr_d=1e-4, lr_g=1e-4),
         )
         for name, loss, words, expect in (
             ("fgan-kl", "fgan-kl", "Kullback-Leibler divergence", "covers all digits, with some smears between them"),
