@@ -20,7 +20,7 @@ from gankern.losses import GANLoss
 from gankern.ops._objectives import OBJECTIVES
 from gankern.training.config import TrainConfig
 from gankern.training.critics import one_pass as _one_pass
-from gankern.training.critics._common import Critic, Loss, WithTerm, frozen
+from gankern.training.critics._common import Critic, Loss, WithTerm, frozen, mixes
 from gankern.training.critics.autograd import Autograd
 from gankern.training.critics.auxiliary import Auxiliary
 from gankern.training.critics.energy import BEGAN, EBGAN
@@ -46,6 +46,7 @@ __all__ = [
     "WithTerm",
     "choose",
     "frozen",
+    "mixes",
 ]
 
 OP = "train"
