@@ -173,7 +173,8 @@ PRESETS = {
         "Metz et al. 2017",
         "all 8 modes within some thousand steps; with --unroll 0 the samples hop from mode to mode",
         TrainConfig(
-            data="unrolled-ring", arch="unrolled-toy", z_dim=256, batch_size=512, lr_g=1e-3, lr_d=1e-4, unroll=10, steps=5_000,
+            data="unrolled-ring", arch="unrolled-toy", z_dim=256, batch_size=512, generator_loss="saturating", lr_g=1e-3, lr_d=1e-3,
+            unroll=10, steps=5_000,
         ),
     ),
     "ring": Preset(
