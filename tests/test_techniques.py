@@ -117,12 +117,12 @@ def test_labels_are_drawn_from_their_ranges_and_swapped() -> None:
 def test_replayed_fakes_are_earlier_ones() -> None:
     t, seen = spied(small.config("gan", batch_size=8, replay=10, n_critic=3))
     made: list[Tensor] = []
-    fake = t.fake
-    t.fake = lambda *args: made.append(fake(*args)) or made[-1]  # type: ignore[method-assign,func-returns-value]
+    fakes = t.techniques["replay"].fakes
+    t.techniques["replay"].fakes = lambda fake: (made.append(fake), fakes(fake))[1]  # type: ignore[method-assign,func-returns-value]
     for i in range(6):
         t.step(reals(t.config, i))
     for update, (_, shown, *_) in enumerate(seen):
-        now, before = made[update].detach(), torch.cat([m[:4] for m in made[:update]] or [torch.empty(0, *shown.shape[1:])])
+        now, before = made[update], torch.cat([m[:4] for m in made[:update]] or [torch.empty(0, *shown.shape[1:])])
         assert torch.equal(shown[:4], now[:4])
         if update == 0:
             assert torch.equal(shown, now)
@@ -132,7 +132,7 @@ def test_replayed_fakes_are_earlier_ones() -> None:
         assert len({w[0] for w in which}) == 4
     assert t.techniques["replay"].state()["filled"].sum() == 10
     kept = t.techniques["replay"].state()["buffer"]
-    assert all(any(torch.equal(k, x) for k in kept) for x in made[-1][:4].detach())
+    assert all(any(torch.equal(k, x) for k in kept) for x in made[-1][:4])
 
 
 def test_replay_keeps_packs_whole() -> None:
@@ -162,7 +162,7 @@ def test_feature_matching(preset: str) -> None:
         for more in ({}, {"generator_loss": "matching"}, {"feature_matching": 0.7})
     )
     x = reals(plain.config)
-    fake = plain.fake(len(x)).detach().requires_grad_()
+    fake = plain.fake(plain.noise(len(x))).detach().requires_grad_()
     with torch.no_grad():
         wanted = features(plain.discriminator, x).mean(0)
     expected = (features(plain.discriminator, fake).mean(0) - wanted).square().sum()
@@ -239,7 +239,7 @@ def test_vae_term_and_its_gradients(reconstruct: str) -> None:
     t = small.trainer(small.config("gan", **changes))
     technique: Any = t.techniques["reconstruction"]
     x, state = reals(t.config), t.rng.get_state()
-    fake = t.fake(len(x))
+    fake = t.fake(t.noise(len(x)))
     before = t.rng.get_state()
     term = technique.term(fake, x)
     t.rng.set_state(before)

@@ -6,6 +6,7 @@ import textwrap
 
 from gankern.cli.common import Parser, Refused
 from gankern.losses.explanations import EXPLANATIONS, Explanation, Value, expected
+from gankern.ops._objectives import OBJECTIVES
 from gankern.training import PRESETS, TrainConfig
 
 WIDTH = 110
@@ -67,6 +68,9 @@ class Reader:
     def __init__(self, config: TrainConfig) -> None:
         self.names = EXPLANATIONS[config.objective].scores
         self.values = expected(config.objective, config.label_smoothing, config.fake_label, config.margin)
+        if config.unroll and config.objective in OBJECTIVES and OBJECTIVES[config.objective].zero_sum:
+            number = expected(config.objective)["d_loss"].number
+            self.values["g_loss"] = Value(None if number is None else 0.0 - number, "minus the critic's, after its updates")
         if config.real_label_range or config.fake_label_range or config.label_noise:
             self.values = dict.fromkeys(self.values, Value(None, "no fixed value: the labels are drawn"))
         if config.generator_loss == "matching":
