@@ -373,6 +373,7 @@ def test_folder_of_pictures_with_broken_files(tmp_path: Path, capsys: Capture) -
             ["dcgan", "--d-widths", "8", "4"],
             "train: d_widths must be left out with --arch dcgan, whose networks do not have it, got 8 4",
         ),
+        (["gan", "--arch=dcgan", "--d-dropout=0.3"], "train: d_dropout must be left out with --arch dcgan, whose networks do not"),
         (
             ["gan", "--loss", "wgan", "--clip-weights", "1"],
             "train: label_smoothing must be 1 with --loss wgan, which has no targets, got 0.9 from the preset (see",
@@ -470,6 +471,10 @@ def test_help_explains_every_setting(columns: int, capsys: Capture, monkeypatch:
         assert re.search(rf"\. \(default: {re.escape(said)}\)", words), flag
     assert "--penalty {none,gp,lp,0gp,dragan,r1,r2,r1r2}" in text
     assert "One of non-saturating, " in " ".join(text.split())
+
+
+def test_what_the_preset_has_of_no_effect_is_no_matter() -> None:
+    assert train.parse("gan", ["--arch", "dcgan", "--momentum", "0"]).d_dropout == 0.3
 
 
 def test_flags_are_the_inverse_of_parsing() -> None:
