@@ -148,7 +148,7 @@ def test_plain_lines_now_and_then(images: Path, tmp_path: Path, capsys: Capture,
     assert train_main(["gan", "--data", str(images), "--outdir", str(tmp_path), *TINY, "--steps", "10", "--log-every", "5"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:-1]] == [["step", "5/10"], ["step", "10/10"]]
-    words = (" img/s, ", " d_loss ", " (1.376 when the critic cannot tell)", " g_loss ", "D(x) ", "D(G(z)) ", "ETA 0:")
+    words = (" samples/s, ", " d_loss ", " (1.376 when the critic cannot tell)", " g_loss ", "D(x) ", "D(G(z)) ", "ETA 0:")
     assert all(word in lines[1] for word in words)
     assert re.match(r"finished 10 steps: d_loss \d+\.\d{3} \(1\.376 when .*\), g_loss .*; samples: ", lines[-1])
 
@@ -158,7 +158,7 @@ def test_live_bar_on_a_terminal(images: Path, tmp_path: Path, capsys: Capture, m
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert train_main(["gan", "--data", str(images), "--outdir", str(tmp_path), *TINY, "--steps", "10", "--log-every", "5"]) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("10/10", " img/s ", " D ", " G ", "D(x) ", "D(G(z)) ", "ETA 0:00:00"))
+    assert all(word in out for word in ("10/10", " samples/s ", " D ", " G ", "D(x) ", "D(G(z)) ", "ETA 0:00:00"))
 
 
 def test_divergence_stops_the_run(images: Path, tmp_path: Path, capsys: Capture) -> None:
