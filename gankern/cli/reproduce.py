@@ -37,8 +37,8 @@ def command(arguments: list[str]) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
     passed = [
         run(
-            TABLES[name], options.out, full=options.full, seeds=options.seeds or 0, steps=options.steps or 0, workers=options.workers,
-            report=lambda line: print(line, flush=True),
+            TABLES[name], options.out, full=options.full, seeds=options.seeds or 0, steps=options.steps or 0,
+            workers=options.workers, report=lambda line: print(line, flush=True),
         )
         for name in options.tables
     ]  # fmt: skip
