@@ -346,3 +346,11 @@ def test_refused_settings(changes: dict[str, Any], words: str) -> None:
 def test_settings_at_the_border_are_taken() -> None:
     TrainConfig(loss="lsgan", real_label_range=(1.0, 2.0))
     TrainConfig(loss="hinge", label_noise=0.1)
+
+
+def test_matching_of_a_critic_that_tells_the_classes() -> None:
+    """It is not told them."""
+    for changes in ({"feature_matching": 0.5}, {"generator_loss": "matching"}):
+        settings = small.config("acgan", **changes)
+        t = small.trainer(settings)
+        assert t.step(reals(settings), torch.arange(settings.batch_size) % small.CLASSES)["g_loss"].isfinite()

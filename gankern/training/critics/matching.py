@@ -29,7 +29,8 @@ class Features:
         self.parameters = [p for p in net.parameters() if p.requires_grad]
 
     def of(self, x: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(features [B, F], scores) of samples."""
+        """(features [B, F], scores) of samples; a critic that tells the classes is not told them."""
+        labels = () if getattr(self.net, "classifies", False) else labels
         found: list[Tensor] = []
         handle = self.last.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
         try:
