@@ -39,6 +39,8 @@ def check(c: TrainConfig) -> None:
         for field, off in NO_CRITIC.items():
             if getattr(c, field) != off:
                 _refuse(field, f"be {off} with --loss mmd, which has no critic", getattr(c, field))
+    if c.loss == "ebgan" and c.pulling_away_weight and c.batch_size == 1:
+        _refuse("batch_size", "be >= 2 with --pulling-away-weight", 1)
     if c.loss in ("ebgan", "began") and c.penalty != "none":
         _refuse("penalty", f"be none with --loss {c.loss}, whose critic gives energies and no scores", c.penalty)
     for field, plain in (("label_smoothing", 1.0), ("fake_label", 0.0)):

@@ -30,8 +30,9 @@ class TrainConfig:
     """
 
     data: str = "mnist"
-    """Training data: "mnist" (bundled), a folder of pictures, an IDX file, a .npz/.npy array of images, a .npz/.npy/.csv table of
-    numbers, or points in the plane: ring, grid, unrolled-ring, 8gaussians, 25gaussians, swissroll."""
+    """Training data: "mnist" (bundled), "stacked-mnist" (triples of its digits), a folder of pictures, an IDX file, a .npz/.npy
+    array of images, a .npz/.npy/.csv table of numbers, or points in the plane: ring, grid, unrolled-ring, 8gaussians,
+    25gaussians, swissroll."""
     outdir: str = "runs"
     """Folder under which the run gets a directory of its own."""
     steps: int = 12000
