@@ -1,7 +1,8 @@
 """The training steps that gankern is compared with, in plain PyTorch: for every preset, at equal weights, noise and batch.
 
 Each rival is a function (Setting) -> step; a step returns the losses of its last critic update and of the generator. All draw as
-`Trainer.step` does: z of an update, then, for a penalty, one number a sample or pack, from a generator of seed config.seed + 1.
+`Trainer.step` does: z of all updates, then, for a penalty, one number a sample or pack in each; from a generator of seed
+config.seed + 1.
 """
 
 from __future__ import annotations
@@ -103,10 +104,11 @@ def noise_source(setting: Setting) -> torch.Generator:
     return torch.Generator(setting.real.device).manual_seed(setting.config.seed + 1)
 
 
-def latents(setting: Setting, source: torch.Generator) -> Tensor:
-    """z [B, z_dim] of one update; drawn in float32 for every dtype."""
+def latents(setting: Setting, source: torch.Generator) -> Sequence[Tensor]:
+    """z [B, z_dim] of each update of a step; drawn in float32 for every dtype."""
     config, real = setting.config, setting.real
-    return sample_latent(len(real) // config.n_critic, config.z_dim, config.latent, source, real.device).to(real.dtype)
+    z = sample_latent(len(real), config.z_dim, config.latent, source, real.device)
+    return z.to(real.dtype).chunk(config.n_critic)
 
 
 def line_points(setting: Setting, source: torch.Generator) -> Tensor:
@@ -172,8 +174,7 @@ def eager(setting: Setting, one_pass: bool = False) -> Step:
     source = noise_source(setting)
 
     def step() -> dict[str, Tensor]:
-        for real, *labels in setting.batches():
-            z = latents(setting, source)
+        for z, (real, *labels) in zip(latents(setting, source), setting.batches(), strict=True):
             with setting.autocast():
                 fake = generator(z, *labels)
                 if one_pass:
@@ -241,10 +242,10 @@ def tuned_step(setting: Setting, optimizers: Optimizers, source: torch.Generator
     parameters, batches = list(critic.parameters()), setting.batches()
 
     def step() -> dict[str, Tensor]:
-        for update, (real, *labels) in enumerate(batches):
+        for update, (z, (real, *labels)) in enumerate(zip(latents(setting, source), batches, strict=True)):
             with setting.autocast():
                 with torch.set_grad_enabled(update == len(batches) - 1):
-                    fake = generator(latents(setting, source), *labels)
+                    fake = generator(z, *labels)
                 eps = None if config.penalty == "none" else line_points(setting, source)
                 d_loss = loss(real, fake.detach(), eps, *labels)
             opt_d.zero_grad(set_to_none=True)

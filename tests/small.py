@@ -24,6 +24,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "label-noise": {"label_noise": 0.2},
     "sgd": {"optimizer_d": "sgd", "optimizer_g": "sgd", "momentum": 0.9, "ttur": 2.0},
     "unroll": {"unroll": 2},
+    "unroll-minimax": {"unroll": 2, "generator_loss": "saturating"},
     "replay": {"replay": 7},
     "feature-matching": {"feature_matching": 0.5},
     "matching": {"generator_loss": "matching"},

@@ -23,6 +23,7 @@ from gankern.ops._philox import draw_seed, dropout_keep
 from gankern.ops.gan_loss import gan_loss
 from gankern.training import PRESETS, Ema, TrainConfig, Trainer, checkpoint, pictures
 from gankern.training.config import MAY_CHANGE
+from gankern.training.critics import Loss
 from gankern.training.optimizers import Adam
 from gankern.training.run_dir import RunDir, locate
 from gankern.training.trainer import generate
@@ -429,8 +430,8 @@ def test_critic_steps_with_a_penalty_equal_the_textbook_loop(penalty: str, monke
             torch.manual_seed(step)
             got.append(t.step(real))
         torch.manual_seed(step)
-        for x in real.chunk(3):
-            fake = plain_g(torch.randn(6, 5, generator=rng).double())
+        for x, z in zip(real.chunk(3), torch.randn(18, 5, generator=rng).double().chunk(3), strict=True):
+            fake = plain_g(z)
             loss = plain_d(fake.detach()).mean() - plain_d(x).mean()
             if penalty in ("r1", "r2"):
                 at = x if penalty == "r1" else fake.detach()
@@ -454,6 +455,48 @@ def test_critic_steps_with_a_penalty_equal_the_textbook_loop(penalty: str, monke
         for out in got:
             torch.testing.assert_close(out["d_loss"], loss.detach(), rtol=1e-9, atol=1e-11)
             torch.testing.assert_close(out["g_loss"], g_loss.detach(), rtol=1e-9, atol=1e-11)
+
+
+class Kept(nn.Sequential):
+    """A generator with a buffer, which might change from pass to pass."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.register_buffer("kept", torch.zeros(1))
+
+
+def test_fakes_of_several_updates_share_a_pass_where_that_is_exact() -> None:
+    three = dataclasses.replace(SMALL, n_critic=3)
+    generator, critic = networks(three)
+    for t, sizes in (
+        (trainer(three), [12, 6]),
+        (trainer(three, one_pass=False), [6, 6, 6]),
+        (trainer(dataclasses.replace(three, g_norm="batch")), [6, 6, 6]),
+        (Trainer(Kept(generator), critic, three), [6, 6, 6]),
+    ):
+        got = calls(t.generator)
+        t.step(reals(18))
+        assert got == sizes
+    together, alone = trainer(three), trainer(three, one_pass=False)
+    for _ in range(3):
+        got, want = together.step(reals(18)), alone.step(reals(18))
+        torch.testing.assert_close(got, want)
+
+
+def test_each_update_of_the_critic_has_fakes_of_its_own_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    t = trainer(dataclasses.replace(SMALL, n_critic=3))
+    t.forward = lambda z, labels: t.generator(z) * 0 + labels.view(-1, 1, 1, 1)
+    seen: list[Tensor] = []
+
+    def update(real: Tensor, fake: Tensor, labels: Tensor) -> Loss:
+        assert torch.equal(fake.detach(), labels.view(-1, 1, 1, 1).expand_as(fake).to(fake.dtype))
+        seen.append(labels)
+        return t.critic.discriminator(real, fake)
+
+    monkeypatch.setattr(t, "discriminator_step", update)
+    monkeypatch.setattr(t, "generator_step", lambda fake, real, labels: t.critic.generator(fake, real))
+    t.step(reals(18), torch.arange(18))
+    assert torch.equal(torch.cat(seen), torch.arange(18))
 
 
 def test_dragan_goes_by_autograd() -> None:

@@ -179,7 +179,7 @@ TABLE = Table(
         Row(
             name,
             TrainConfig(
-                loss=f"fgan-{name}",  # type: ignore[arg-type]
+                loss=f"fgan-{name}",
                 z_dim=1,
                 n_critic=4,
                 batch_size=256,

@@ -108,7 +108,7 @@ def histograms(real: Tensor, fake: Tensor | None, columns: Sequence[str], title:
     across = min(shown, 3)
     down = math.ceil(shown / across)
     figure = canvas(240 * across, 150 * down + 60, "constrained")
-    figure.suptitle(title, fontsize=11, fontweight="bold")
+    figure.suptitle(title + f", {shown} of {len(columns)} columns" * (shown < len(columns)), fontsize=11, fontweight="bold")
     cells = list(figure.subplots(down, across, squeeze=False).flat)
     for axes in cells[shown:]:
         axes.set_axis_off()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,8 +34,9 @@ class Trainer:
             `gankern.nn.mlp_layers` reads, and `inputs(samples, *classes)`, the rows [N, K] that these take, it gets the one pass.
         config: objective, rates, labels, penalty, clipping, latent law, EMA, precision and seed are read.
         device: where both networks are moved.
-        one_pass: whether real and fake may share one pass through the critic. None: yes, unless it has a BatchNorm. A critic whose
-            samples see each other in another way needs False.
+        one_pass: whether real and fake may share one pass through the critic, and the fakes of several critic updates one through
+            the generator. None: yes, unless it has a BatchNorm or a layer of minibatch features (a generator: any buffer). Networks
+            whose samples see each other in another way need False.
         capturable: whether all that changes from step to step is kept in tensors, as a CUDA graph needs it. None: on CUDA.
 
     Random numbers: z and the penalty's points come from `self.rng`, seeded with config.seed + 1; dropout from PyTorch's default
@@ -56,6 +58,7 @@ class Trainer:
         self.generator = generator.to(self.device).train()
         self.discriminator = discriminator.to(self.device).train()
         self.rng = torch.Generator(self.device).manual_seed(config.seed + 1)
+        self.together = not (critics.mixes(generator) or any(True for _ in generator.buffers())) if one_pass is None else one_pass
         self.forward: Any = self.generator  # what a step calls; torch.compile may stand in for it
         capturable = self.device.type == "cuda" if capturable is None else capturable
         self.opt_g = make(config.optimizer_g, self.generator.parameters(), config.lr_g, config, capturable)
@@ -84,14 +87,13 @@ class Trainer:
         n = self.config.n_critic
         if len(real) % n:
             checks.fail(ValueError, OP, "real", f"have a multiple of n_critic ({n}) samples", len(real))
-        batches = [(real, *labels)] if n == 1 else list(zip(*(t.chunk(n) for t in (real, *labels)), strict=True))
+        noise = self.noise(len(real))
+        *early, (z, *last) = zip(*(t.chunk(n) for t in (noise, real, *labels)), strict=True)
         with precision.products(self.config.precision, self.device):
-            for x, *c in batches[:-1]:
-                with torch.no_grad():
-                    fake = self.fake(len(x), *c)
+            for fake, (_, x, *c) in zip(self.early_fakes(noise, *labels), early, strict=True):
                 self.discriminator_step(x, fake, *c)
-            x, *c = batches[-1]
-            fake = self.fake(len(x), *c)
+            x, *c = last
+            fake = self.fake(z, *c)
             d = self.discriminator_step(x, fake.detach(), *c)
             g = self.generator_step(fake, x, *c)
         if self.ema is not None:
@@ -106,9 +108,18 @@ class Trainer:
             out |= technique.columns()
         return out
 
-    def fake(self, n: int, *labels: Tensor) -> Tensor:
+    def fake(self, noise: Tensor, *labels: Tensor) -> Tensor:
         with self.autocast():
-            return self.forward(self.noise(n), *labels)
+            return self.forward(noise, *labels)
+
+    @torch.no_grad()
+    def early_fakes(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """The fakes of all critic updates but the last, in one pass where that is exact: the generator stays as it is till then."""
+        n = self.config.n_critic - 1
+        inputs = tuple(t[: len(t) // (n + 1) * n] for t in inputs)
+        if n and self.together:
+            return self.fake(*inputs).chunk(n)
+        return [self.fake(*part) for part in zip(*(t.chunk(n) for t in inputs), strict=True)] if n else ()
 
     def discriminator_step(self, real: Tensor, fake: Tensor, *labels: Tensor) -> Loss:
         if not self.critic.learns:

@@ -391,7 +391,7 @@ def test_vmap_of_mmd2(backend: str, dims: tuple[int | None, int | None]) -> None
 
 
 def test_hessian(backend: str) -> None:
-    m = small_m(3, 2, 2)
+    m = small_m(3, 1 if INTERPRETED and backend == "triton" else 2, 2)  # a launch for each pair of elements
     got, want = (torch.func.jacrev(torch.func.jacrev(fn))(m) for fn in (gankern.minibatch_features, eager_features))
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 

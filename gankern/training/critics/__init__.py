@@ -17,9 +17,10 @@ from torch import nn
 
 from gankern import checks
 from gankern.losses import GANLoss
+from gankern.ops._objectives import OBJECTIVES
 from gankern.training.config import TrainConfig
 from gankern.training.critics import one_pass as _one_pass
-from gankern.training.critics._common import Critic, Loss, WithTerm, frozen
+from gankern.training.critics._common import Critic, Loss, WithTerm, frozen, mixes
 from gankern.training.critics.autograd import Autograd
 from gankern.training.critics.auxiliary import Auxiliary
 from gankern.training.critics.energy import BEGAN, EBGAN
@@ -45,6 +46,7 @@ __all__ = [
     "WithTerm",
     "choose",
     "frozen",
+    "mixes",
 ]
 
 OP = "train"
@@ -69,10 +71,12 @@ def choose(
     if not config.unroll:
         return critic
     assert optimizer is not None
-    inner = critic
+    inner, value = critic, None
     if isinstance(critic, OnePass):
         inner = Autograd(net, critic.loss, config.penalty, config.penalty_weight, rng)
-    return Unrolled(critic, inner, net, optimizer, config.unroll, config.clip_weights)
+    if type(inner) is Autograd and OBJECTIVES[config.objective].zero_sum:
+        value = Autograd(net, GANLoss(config.objective), "none", 0.0, rng, one_pass)
+    return Unrolled(critic, inner, net, optimizer, config.unroll, value, config.clip_weights)
 
 
 def _plain(net: nn.Module, config: TrainConfig, rng: torch.Generator, one_pass: bool | None) -> Critic:

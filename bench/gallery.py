@@ -1,0 +1,130 @@
+"""docs/gallery.md: presets trained on the bundled digits, each within ten minutes of two CPU cores, and what a classifier says.
+
+python -m bench.gallery              all entries (an hour), into docs/gallery/
+python -m bench.gallery dcgan ring   these, beside what is there
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gankern.metrics.digits import judge_digits, load_digit_classifier
+from gankern.models import sample_latent
+from gankern.training import PRESETS, checkpoint, run_dir
+from gankern.training.networks import CONDITIONAL
+from gankern.training.trainer import generate
+
+OUT = Path(__file__).parent.parent / "docs" / "gallery"
+SAMPLES = 2000
+STEPS = {
+    "dcgan": 1500,
+    "cgan": 12000,
+    "wgan-gp": 6000,
+    "sngan": 1500,
+    "lsgan": 1500,
+    "hinge": 1500,
+    "rsgan": 1500,
+    "swissroll": 4000,
+    "ring": 8000,
+    "unrolled": 4000,
+}
+FLAGS = {"sngan": ["--conv-width", "16"]}  # of the paper's width a step takes seconds on a CPU
+
+
+def entry(name: str, runs: Path) -> dict[str, Any]:
+    """Train, keep the last picture or the film, and judge the samples."""
+    words = [name, *FLAGS.get(name, []), "--steps", str(STEPS[name]), "--seed", "0"]
+    start = time.perf_counter()
+    command = [
+        sys.executable,
+        "-m",
+        "gankern",
+        "train",
+        *words,
+        "--outdir",
+        str(runs),
+        "--device",
+        "cpu",
+        "--checkpoint-every",
+        "0",
+    ]
+    subprocess.run([*command, "--sample-every", str(STEPS[name] // 20)], check=True)
+    seconds = time.perf_counter() - start
+    (path,) = runs.glob(f"*-{name}-*")
+    film = path / "training.gif"
+    picture = film if film.exists() else path / f"fakes{STEPS[name]:06d}.png"
+    kept = OUT / f"{name}{picture.suffix}"
+    shutil.copy(picture, kept)
+    found = {"name": name, "command": " ".join(["gankern-train", *words]), "seconds": round(seconds), "picture": kept.name}
+    return found | (judged(path) if PRESETS[name].config.data == "mnist" else {})
+
+
+def judged(path: Path) -> dict[str, Any]:
+    run, saved = run_dir.locate(path)
+    assert saved is not None
+    source = "ema" if run.config.ema else "generator"
+    state = checkpoint.load(saved, (f"{source}.",))
+    generator, _ = PRESETS[run.preset].build(run.config, run.shape, run.classes)
+    generator.load_state_dict({key.removeprefix(f"{source}."): value for key, value in state.items()})
+    z = sample_latent(SAMPLES, run.config.z_dim, run.config.latent, torch.Generator().manual_seed(1))
+    asked = torch.arange(SAMPLES) % run.classes if run.config.arch in CONDITIONAL else None
+    samples = generate(generator, z, *([] if asked is None else [asked]))
+    if samples.shape[-1] != 28:
+        samples = torch.nn.functional.interpolate(samples, (28, 28), mode="bilinear", antialias=True)
+    verdict = judge_digits(samples)
+    numbers = {"confidence": round(verdict.confidence, 3), "rarest_class": round(verdict.shares.min().item(), 4)}
+    if asked is not None:
+        with torch.no_grad():
+            net = load_digit_classifier()
+            right = torch.cat([net(part).argmax(1) for part in samples.split(500)]) == asked
+        numbers["asked_digit"] = round(right.float().mean().item(), 4)
+    return numbers
+
+
+def page(entries: list[dict[str, Any]]) -> str:
+    lines = [
+        "# Gallery",
+        "",
+        "Written by `python -m bench.gallery`: presets as they are, on two CPU cores. Under each picture: its command, the time it",
+        f"took, and of {SAMPLES} samples what the bundled classifier says: its mean confidence in the digit it sees (of real ones",
+        "0.995), the share of the digit that it sees least often (of real ones 8.9 %), and for conditional presets how often it is",
+        "the one that was asked for.",
+    ]
+    for e in entries:
+        numbers = [f"confidence {e['confidence']}", f"rarest digit {100 * e['rarest_class']:.1f} %"] if "confidence" in e else []
+        numbers += [f"asked digit {100 * e['asked_digit']:.1f} %"] if "asked_digit" in e else []
+        preset = PRESETS[e["name"]]
+        lines += ["", f"## {e['name']}", "", f"{preset.summary[0].upper()}{preset.summary[1:]} ({preset.source}).", ""]
+        lines += [f"![{e['name']}](gallery/{e['picture']})", ""]
+        words = "; ".join([f"{e['seconds'] / 60:.1f} minutes", *numbers])
+        lines += [f"`{e['command']}`: {words}."]
+    return "\n".join([*lines, ""])
+
+
+def main(names: list[str]) -> None:
+    for name in names:
+        if name not in STEPS:
+            sys.exit(f"bench.gallery: names must be among {', '.join(STEPS)}, got {name!r}")
+    OUT.mkdir(parents=True, exist_ok=True)
+    kept = OUT / "gallery.json"
+    entries = {e["name"]: e for e in json.loads(kept.read_text())} if kept.exists() else {}
+    for name in names or list(STEPS):
+        with tempfile.TemporaryDirectory() as runs:
+            entries[name] = entry(name, Path(runs))
+        ordered = [entries[n] for n in STEPS if n in entries]
+        kept.write_text(json.dumps(ordered, indent=1) + "\n")
+        (OUT.parent / "gallery.md").write_text(page(ordered))
+        print(entries[name], flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
