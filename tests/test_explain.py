@@ -112,6 +112,8 @@ def test_flags_in_the_texts_are_flags_of_a_run() -> None:
         assert set(re.findall(r"--([a-z][a-z0-9-]*)", words)) <= fields, name
         for loss in re.findall(r"--loss ([a-z-]+)", words):
             assert loss in EXPLANATIONS
+        if "--label-smoothing 0.9" in words:
+            TrainConfig(loss=typing.cast(typing.Any, name), label_smoothing=0.9)
 
 
 # --- the command
