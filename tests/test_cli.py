@@ -148,7 +148,7 @@ def test_plain_lines_now_and_then(images: Path, tmp_path: Path, capsys: Capture,
     assert train_main(["gan", "--data", str(images), "--outdir", str(tmp_path), *TINY, "--steps", "10", "--log-every", "5"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:-1]] == [["step", "5/10"], ["step", "10/10"]]
-    words = (" img/s, ", " d_loss ", " (1.376 when the critic cannot tell)", " g_loss ", "D(x) ", "D(G(z)) ", "ETA 0:")
+    words = (" samples/s, ", " d_loss ", " (1.376 when the critic cannot tell)", " g_loss ", "D(x) ", "D(G(z)) ", "ETA 0:")
     assert all(word in lines[1] for word in words)
     assert re.match(r"finished 10 steps: d_loss \d+\.\d{3} \(1\.376 when .*\), g_loss .*; samples: ", lines[-1])
 
@@ -158,7 +158,7 @@ def test_live_bar_on_a_terminal(images: Path, tmp_path: Path, capsys: Capture, m
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert train_main(["gan", "--data", str(images), "--outdir", str(tmp_path), *TINY, "--steps", "10", "--log-every", "5"]) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("10/10", " img/s ", " D ", " G ", "D(x) ", "D(G(z)) ", "ETA 0:00:00"))
+    assert all(word in out for word in ("10/10", " samples/s ", " D ", " G ", "D(x) ", "D(G(z)) ", "ETA 0:00:00"))
 
 
 def test_divergence_stops_the_run(images: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -373,6 +373,7 @@ def test_folder_of_pictures_with_broken_files(tmp_path: Path, capsys: Capture) -
             ["dcgan", "--d-widths", "8", "4"],
             "train: d_widths must be left out with --arch dcgan, whose networks do not have it, got 8 4",
         ),
+        (["gan", "--arch=dcgan", "--d-dropout=0.3"], "train: d_dropout must be left out with --arch dcgan, whose networks do not"),
         (
             ["gan", "--loss", "wgan", "--clip-weights", "1"],
             "train: label_smoothing must be 1 with --loss wgan, which has no targets, got 0.9 from the preset (see",
@@ -470,6 +471,10 @@ def test_help_explains_every_setting(columns: int, capsys: Capture, monkeypatch:
         assert re.search(rf"\. \(default: {re.escape(said)}\)", words), flag
     assert "--penalty {none,gp,lp,0gp,dragan,r1,r2,r1r2}" in text
     assert "One of non-saturating, " in " ".join(text.split())
+
+
+def test_what_the_preset_has_of_no_effect_is_no_matter() -> None:
+    assert train.parse("gan", ["--arch", "dcgan", "--momentum", "0"]).d_dropout == 0.3
 
 
 def test_flags_are_the_inverse_of_parsing() -> None:

@@ -227,3 +227,5 @@ def test_picture_of_the_losses(scores: tuple[str, ...], tmp_path: Path, monkeypa
     if scores:
         assert (panels[1].get_ylim() == (0.0, 1.0)) == (scores[0] == "D(x)")
     assert (tmp_path / "losses.png").is_file()
+    pictures.plot_losses(tmp_path / "losses.png", rows[:1], "run", scores)
+    assert all(axes.lines[1].get_marker() == "." for axes in shown[1].axes)  # one point would be no line

@@ -143,7 +143,8 @@ def test_the_command_runs_and_lists(tmp_path: Path, capsys: Capture) -> None:
     ("flags", "sentence"),
     [
         (["pacgan9"], f"TABLE must be one of {', '.join(TABLES)}, got 'pacgan9'"),
-        (["fgan", "--seeds", "-1"], "--seeds must be >= 0, got -1"),
+        (["fgan", "--seeds", "-1"], "--seeds must be >= 1, got -1"),
+        (["fgan", "--steps", "0"], "--steps must be >= 1, got 0"),
         (["fgan", "--workers", "0"], "--workers must be >= 1, got 0"),
     ],
 )

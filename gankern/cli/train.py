@@ -72,28 +72,21 @@ def parse(preset: str, arguments: list[str]) -> TrainConfig:
     if "-h" in arguments or "--help" in arguments:
         print(settings(preset))
         raise SystemExit(0)
+    typed = {word.partition("=")[0].lstrip("-").removeprefix("no-").replace("-", "_") for word in arguments if word[:2] == "--"}
     try:
         with contextlib.redirect_stderr(complaint):
             config = tyro.cli(TrainConfig, prog=prog, default=PRESETS[preset].config, args=arguments)
     except SystemExit:
-        pass
-    else:
-        refuse_idle(preset, config)
-        return config
-    words = unframed(complaint.getvalue()).rstrip(".").removeprefix("Error parsing TrainConfig: ")
-    typed = {word.partition("=")[0].lstrip("-").removeprefix("no-").replace("-", "_") for word in arguments if word[:2] == "--"}
-    named = re.match(r"train: (\w+) must ", words)
-    if named and named[1] not in typed:
-        words += " from the preset"
-    raise Refused(f"{words or 'the flags must be understood'} (see {prog} --help)")
-
-
-def refuse_idle(preset: str, config: TrainConfig) -> None:
-    """Refuse a setting that was changed and changes nothing."""
+        words = unframed(complaint.getvalue()).rstrip(".").removeprefix("Error parsing TrainConfig: ")
+        named = re.match(r"train: (\w+) must ", words)
+        if named and named[1] not in typed:
+            words += " from the preset"
+        raise Refused(f"{words or 'the flags must be understood'} (see {prog} --help)") from None
     for name, why in idle(config).items():
         value = getattr(config, name)
-        if value != getattr(PRESETS[preset].config, name):
-            raise Refused(f"train: {name} must be left out {why}, got {shown(value)}")
+        if name in typed and value != getattr(TrainConfig, name):
+            raise Refused(f"train: {name} must be left out {why}, got {shown(value)} (see {prog} --help)")
+    return config
 
 
 def unframed(complaint: str) -> str:

@@ -222,6 +222,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field, kind in typing.get_type_hints(type(self)).items():
             _check_type(field, getattr(self, field), kind)
+        if not self.data:
+            checks.fail(ValueError, OP, "data", "name a source", "nothing")
         for field in ("steps", "batch_size", "log_every", "z_dim", "n_critic", "conv_width", "code", "pack"):
             checks.number(OP, field, getattr(self, field), 1)
         for field in (
@@ -300,7 +302,7 @@ class TrainConfig:
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         try:
             return cls(**fields)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from error
 
     def differences(self, other: TrainConfig) -> list[str]:

@@ -117,10 +117,10 @@ class Plane:
         words: Any = {"fontsize": 9, "verticalalignment": "center"}
         y0 = 14 / HEIGHT
         figure.text((LEFT + 2) / WIDTH, y0, "critic's score C(x)", **words)
-        figure.text((LEFT + 190) / WIDTH, y0, f"{low:.3g}", horizontalalignment="right", **words)
-        key = figure.add_axes(((LEFT + 198) / WIDTH, 9 / HEIGHT, 130 / WIDTH, 10 / HEIGHT))
+        figure.text((LEFT + 206) / WIDTH, y0, f"{low:.3g}", horizontalalignment="right", **words)
+        key = figure.add_axes(((LEFT + 214) / WIDTH, 9 / HEIGHT, 130 / WIDTH, 10 / HEIGHT))
         figure.colorbar(bands, cax=key, orientation="horizontal", ticks=[], extendrect=True).outline.set_edgecolor(ARROW)
-        figure.text((LEFT + 336) / WIDTH, y0, f"{high:.3g}", **words)
+        figure.text((LEFT + 352) / WIDTH, y0, f"{high:.3g}", **words)
 
 
 def ask(critic: nn.Module, points: Tensor, others: Tensor, gradients: bool = True) -> Surface | None:
