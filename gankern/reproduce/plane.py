@@ -95,7 +95,7 @@ def _pacgan(name: str, source: str, steps: int, published: dict[int, str]) -> Ta
         source="Lin et al., PacGAN, NeurIPS 2018, table 1",
         setup=(
             f"{source}: generator 4 x 400 with BatchNorm, discriminator 3 maxout layers 200 x 5, Adam 1e-4 (0.8, 0.999), 100 packs "
-            f"a step; published: 400 epochs of 100 000 points, 400 000 steps, 10 trials, ± the standard error. Modes, "
+            f"a step; published: 400 epochs of 100 000 points, 400 000 steps, 10 trials. Modes, "
             f"high-quality share and reverse KL of {SAMPLES} samples."
         ),
         metrics=("modes", "high_quality", "reverse_kl"),
