@@ -78,7 +78,7 @@ def trainer(settings: TrainConfig, device: torch.device | str = "cpu", **options
 def ask(net: nn.Module, settings: TrainConfig, rng: torch.Generator | None = None, one_pass: bool | None = None) -> Critic:
     """The way to ask this critic, as a trainer chooses it."""
     optimizer = make(settings.optimizer_d, net.parameters(), settings.rate_d, settings)
-    return choose(net, settings, rng or torch.Generator(), optimizer, one_pass)
+    return choose(net, settings, rng or torch.Generator(), one_pass, optimizer)
 
 
 def batches(settings: TrainConfig, device: torch.device | str = "cpu") -> Batches:

@@ -188,6 +188,12 @@ ROW = {"d_loss": 1.31, "g_loss": 0.7512, "d_real": 0.6, "d_fake": 0.4}
             ["D(x)", "D(G(z))"],
         ),
         (
+            {"generator_loss": "saturating", "unroll": 5, "arch": "acgan"},
+            "d_loss 1.310 (1.386 = 2 log 2 plus the classes' cross entropy when the critic cannot tell), "
+            "g_loss 0.751 (-0.6931 = -log 2 plus the classes' cross entropy)",
+            ["D(x)", "D(G(z))"],
+        ),
+        (
             {"generator_loss": "saturating", "unroll": 5},
             "d_loss 1.310 (1.386 = 2 log 2 when the critic cannot tell), "
             "g_loss 0.751 (-1.386 = minus the critic's, after its updates)",

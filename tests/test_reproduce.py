@@ -14,6 +14,7 @@ from gankern import data
 from gankern.cli.main import main
 from gankern.data import to_float
 from gankern.reproduce import TABLES, Claim, Result, Row, Table, Trial, run
+from gankern.reproduce.fgan import FITS, PUBLISHED
 from gankern.reproduce.plane import coverage as plane_coverage
 from gankern.reproduce.stacked import coverage
 from gankern.reproduce.table import rising, spread
@@ -110,6 +111,13 @@ def test_a_trial_looks_at_the_end_and_on_the_way() -> None:
     again = plane_coverage(dataclasses.replace(config, steps=20, batch_size=20))
     assert again.numbers == trial.numbers
     assert torch.equal(again.looks[-1], trial.looks[-1])
+
+
+def test_published_fits_are_those_of_quadrature() -> None:
+    assert all(row.published == PUBLISHED.get(row.name, {}) for row in TABLES["fgan"].rows)
+    for name, numbers in PUBLISHED.items():
+        _, least, mu, sigma = FITS[name]
+        assert [float(numbers[key]) for key in ("divergence", "mu", "sigma")] == pytest.approx([least, mu, sigma], abs=1e-3)
 
 
 def test_pacgan_counts_packs() -> None:

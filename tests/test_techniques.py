@@ -111,6 +111,30 @@ def test_labels_are_drawn_from_their_ranges_and_swapped() -> None:
     assert "real_label=drawn" in repr(single.critic.loss)
 
 
+# --- instance noise
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_instance_noise_fades_over_its_steps_and_a_resume(capturable: bool) -> None:
+    """Of real and of fake samples, for either network: s, s 2/3, s 1/3, 0, 0."""
+    settings = small.config("gan", **PLAIN, batch_size=500, instance_noise=0.6, instance_noise_steps=3)
+    t, x = small.trainer(settings, capturable=capturable), reals(settings)
+    for share in (1, 2 / 3, 1 / 3, 0, 0):
+        added = t.seen(x) - x
+        assert abs(added.mean()) < 0.02
+        torch.testing.assert_close(added.std(), torch.tensor(0.6 * share), rtol=0.03, atol=1e-6)
+        spies: dict[str, list[tuple[Tensor, ...]]] = {"discriminator": [], "generator": []}
+        for side, calls in spies.items():
+            ask = getattr(t.critic, side)
+            setattr(t.critic, side, lambda *samples, ask=ask, calls=calls: (calls.append(samples), ask(*samples))[1])
+        t.step(x)
+        (real, _), (_, again) = spies["discriminator"][0], spies["generator"][0]
+        assert torch.equal(real, x) == torch.equal(again, x) == (share == 0)
+        resumed = small.trainer(settings, capturable=capturable)
+        resumed.load_state_dict(t.state_dict())
+        t = resumed
+
+
 # --- replay
 
 

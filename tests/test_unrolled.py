@@ -199,3 +199,17 @@ def test_unrolling_reaches_the_generator() -> None:
 def test_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=f"^train: {words}"):
         TrainConfig(unroll=2, **changes)
+
+
+def test_the_path_through_the_best_critic_fades() -> None:
+    """Where the critic is the best there is, f does not change with it: the gradient is that at a fixed critic (section 2.4)."""
+    net = nn.Sequential(nn.Linear(1, 1), nn.Flatten(0))
+    critic, optimizer, config, real, fake = problem(net, (1,), unroll=2, generator_loss="saturating", optimizer_d="sgd", lr_d=1.0)
+    for _ in range(500):
+        optimizer.forget()
+        critic.discriminator(real, fake.detach()).backward()
+        optimizer.update()
+    critic.generator(fake, real).backward()
+    whole, fake.grad = fake.grad, None
+    critics.choose(net, dataclasses.replace(config, unroll=0), torch.Generator()).generator(fake, real).backward()
+    torch.testing.assert_close(whole, fake.grad, rtol=1e-5, atol=1e-7)

@@ -68,7 +68,7 @@ class Reader:
     def __init__(self, config: TrainConfig) -> None:
         self.names = EXPLANATIONS[config.objective].scores
         self.values = expected(config.objective, config.label_smoothing, config.fake_label, config.margin)
-        if config.unroll and config.objective in OBJECTIVES and OBJECTIVES[config.objective].zero_sum:
+        if config.unroll and config.arch != "acgan" and config.objective in OBJECTIVES and OBJECTIVES[config.objective].zero_sum:
             number = expected(config.objective)["d_loss"].number
             self.values["g_loss"] = Value(None if number is None else 0.0 - number, "minus the critic's, after its updates")
         if config.real_label_range or config.fake_label_range or config.label_noise:

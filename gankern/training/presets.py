@@ -34,7 +34,7 @@ _BOUNDED: dict[str, Any] = {
     "ema": 0.999,
 }
 
-# The paper's 2, 5, 10, 20, 40 and 80 are 2 sigma² / 2 for pixels in [0, 1]; here sigma for pixels in [-1, 1]: 2 sqrt of each.
+# The paper's 2, 5, 10, 20, 40 and 80 are sigma² for pixels in [0, 1]; here sigma for pixels in [-1, 1]: twice the root of each.
 _GMMN_WIDTHS = (2.8, 4.5, 6.3, 8.9, 12.6, 17.9)
 
 PRESETS = {

@@ -86,6 +86,8 @@ def _plain(net: nn.Module, config: TrainConfig, rng: torch.Generator, one_pass: 
             checks.fail(ValueError, OP, "arch", "be unconditional with --loss mmd, which does not see classes", config.arch)
         return MMD(config)
     if config.loss == "mmd-gan":
+        if getattr(net, "classifies", False):
+            checks.fail(ValueError, OP, "arch", "give features with --loss mmd-gan, and no classes", config.arch)
         return MMDGAN(net, config, rng, one_pass)
     if config.loss in ("ebgan", "began"):
         if not reconstructs:

@@ -23,7 +23,8 @@ class Unrolled(Critic):
     update; the penalty's points are drawn for each of the K updates; dropout draws anew at each pass.
 
     In a zero-sum game f is minus the critic's whole objective, without its penalty and with the labels 1 and 0: what the real
-    samples pay depends on theta_G here, through theta_D^K. Elsewhere f is the generator's own loss.
+    samples pay depends on theta_G here, through theta_D^K. Elsewhere, and where the critic tells classes too, f is the
+    generator's own loss.
 
     Args:
         critic: asked for the critic's own update.
