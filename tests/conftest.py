@@ -27,6 +27,9 @@ def quicken_interpreter() -> None:
     from triton import language
     from triton.runtime import interpreter
 
+    if not all(hasattr(interpreter, name) for name in ("_patch_attr", "_patch_builtin", "_patch_lang", "GridExecutor")):
+        return  # another Triton: slower, and right
+
     patch_lang, launch, done = interpreter._patch_lang, interpreter.GridExecutor.__call__, set[int]()
 
     @functools.cache

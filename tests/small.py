@@ -24,6 +24,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "label-noise": {"label_noise": 0.2},
     "sgd": {"optimizer_d": "sgd", "optimizer_g": "sgd", "momentum": 0.9, "ttur": 2.0},
     "unroll": {"unroll": 2},
+    "unroll-minimax": {"unroll": 2, "generator_loss": "saturating"},
     "replay": {"replay": 7},
     "feature-matching": {"feature_matching": 0.5},
     "matching": {"generator_loss": "matching"},
@@ -77,7 +78,7 @@ def trainer(settings: TrainConfig, device: torch.device | str = "cpu", **options
 def ask(net: nn.Module, settings: TrainConfig, rng: torch.Generator | None = None, one_pass: bool | None = None) -> Critic:
     """The way to ask this critic, as a trainer chooses it."""
     optimizer = make(settings.optimizer_d, net.parameters(), settings.rate_d, settings)
-    return choose(net, settings, rng or torch.Generator(), optimizer, one_pass)
+    return choose(net, settings, rng or torch.Generator(), one_pass, optimizer)
 
 
 def batches(settings: TrainConfig, device: torch.device | str = "cpu") -> Batches:

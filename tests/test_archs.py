@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import typing
 from typing import Any
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from gankern import models
 from gankern.nn import VirtualBatchNorm
 from gankern.training import TrainConfig
+from gankern.training.combinations import idle
 from gankern.training.critics import Autograd
 from gankern.training.critics.matching import Features
-from gankern.training.networks import CONDITIONAL, networks
+from gankern.training.networks import CONDITIONAL, IMAGES, networks
 from tests import small
 from tests.test_graph import differences, pair, run
 from tests.test_step_capturable import walk
@@ -28,6 +30,32 @@ LAYERS: dict[str, Any] = {"virtual_batch_norm": True, "minibatch_features": "dis
 
 def settings(arch: str, **changes: Any) -> TrainConfig:
     return small.config("gan", **{"arch": arch, "batch_size": 6, **changes})
+
+
+SHAPING: dict[str, Any] = {
+    "conv_width": 6, "d_conv_width": 6, "upsample": "shuffle", "downsample": "pool", "code": 3, "d_norm": "batch", "g_widths": (7,),
+    "g_norm": "batch", "g_dropout": 0.5, "d_widths": (7,), "d_dropout": 0.5, "negative_slope": 0.5, "z_dim": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_what_shapes_no_network_is_idle_and_nothing_else(arch: str) -> None:
+    def outputs(config: TrainConfig) -> list[Tensor]:
+        torch.manual_seed(0)
+        shape = (1, 16, 16) if arch in IMAGES else (6,)
+        labels = [torch.tensor([0, 1, 2, 0])] if arch in CONDITIONAL else []
+        generator, critic = networks(config, shape, small.CLASSES)
+        torch.manual_seed(1)
+        fake = generator(torch.randn(4, config.z_dim), *labels)
+        scores = critic(torch.randn(4, *shape), *(labels if arch != "acgan" else []))
+        return [fake, scores[0] if arch == "acgan" else scores]
+
+    plain = settings(arch, d_dropout=0.0, label_smoothing=1.0, loss="ebgan" if "autoencoder" in arch else "non-saturating")
+    before = outputs(plain)
+    for name, value in SHAPING.items():
+        changed = dataclasses.replace(plain, **{name: "layer" if (name, arch) == ("d_norm", "resnet") else value})
+        same = all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(before, outputs(changed), strict=True))
+        assert same == (name in idle(changed)), name
 
 
 @pytest.mark.parametrize("pack", [1, 2])

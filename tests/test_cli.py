@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -22,16 +23,19 @@ import gankern
 from gankern import backend
 from gankern.cli import doctor, train
 from gankern.cli.common import Refused
+from gankern.cli.help import GROUPS, shown
 from gankern.cli.main import main, train_main
 from gankern.cli.probes import PROBES
 from gankern.ops import gan_loss, linear_lrelu
 from gankern.training import PRESETS, TrainConfig, checkpoint, precision
+from gankern.training.combinations import idle
 from gankern.training.graph import Graph
 from gankern.training.networks import CONDITIONAL
 from gankern.training.trainer import Trainer
 from tests.replay import record
 
 TINY = ["--z-dim", "4", "--g-widths", "8", "--d-widths", "8", "--batch-size", "16", "--device", "cpu"]
+SMALL = {"conv_width": 4, "g_widths": 8, "d_widths": 8}
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +148,7 @@ def test_plain_lines_now_and_then(images: Path, tmp_path: Path, capsys: Capture,
     assert train_main(["gan", "--data", str(images), "--outdir", str(tmp_path), *TINY, "--steps", "10", "--log-every", "5"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:-1]] == [["step", "5/10"], ["step", "10/10"]]
-    words = (" img/s, ", " d_loss ", " (1.376 when the critic cannot tell)", " g_loss ", "D(x) ", "D(G(z)) ", "ETA 0:")
+    words = (" samples/s, ", " d_loss ", " (1.376 when the critic cannot tell)", " g_loss ", "D(x) ", "D(G(z)) ", "ETA 0:")
     assert all(word in lines[1] for word in words)
     assert re.match(r"finished 10 steps: d_loss \d+\.\d{3} \(1\.376 when .*\), g_loss .*; samples: ", lines[-1])
 
@@ -154,7 +158,7 @@ def test_live_bar_on_a_terminal(images: Path, tmp_path: Path, capsys: Capture, m
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert train_main(["gan", "--data", str(images), "--outdir", str(tmp_path), *TINY, "--steps", "10", "--log-every", "5"]) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("10/10", " img/s ", " D ", " G ", "D(x) ", "D(G(z)) ", "ETA 0:00:00"))
+    assert all(word in out for word in ("10/10", " samples/s ", " D ", " G ", "D(x) ", "D(G(z)) ", "ETA 0:00:00"))
 
 
 def test_divergence_stops_the_run(images: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -171,10 +175,11 @@ def test_dry_run_tells_all_and_writes_nothing(images: Path, tmp_path: Path, caps
     assert train_main(["gan", "--data", str(images), "--outdir", str(out), "--dry-run", *TINY]) == 0
     text = capsys.readouterr().out
     assert not out.exists()
-    assert "batch_size         16" in text
+    assert "batch_size             16" in text
     assert "generator, 1,012 parameters" in text  # 4 * 8 + 8 + 8 * 108 + 108
     assert "discriminator, 881 parameters" in text  # 108 * 8 + 8 + 8 + 1
     assert "100 images [3, 6, 6]" in text
+    assert "conv_width" not in text  # of no effect here
     assert "device    cpu" in text
     assert "at equilibrium (see gankern explain non-saturating)\n  d_loss         1.376\n" in text
     for op in ("linear_lrelu", "gan_loss"):
@@ -187,8 +192,9 @@ def test_every_preset_trains(preset: str, labelled: Path, tmp_path: Path, capsys
     config = PRESETS[preset].config
     batch = 20 if config.pack > 1 else 6
     source = ["--data", str(labelled), "--size", str(config.size or 8)] if config.data == "mnist" else ["--limit", "500"]
-    flags = f"--steps 20 --log-every 20 --batch-size {batch} --conv-width 4 --z-dim 4 --g-widths 8 --d-widths 8 --device cpu"
-    assert train_main([preset, *source, "--outdir", str(tmp_path), *flags.split()]) == 0
+    widths = [f"--{name.replace('_', '-')}={width}" for name, width in SMALL.items() if name not in idle(config)]
+    flags = f"--steps 20 --log-every 20 --batch-size {batch} --z-dim 4 --device cpu"
+    assert train_main([preset, *source, "--outdir", str(tmp_path), *flags.split(), *widths]) == 0
     (run,) = tmp_path.glob("00000-*")
     (row,) = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     rounding = 0.001 * row["images_per_s"] + 0.06 * row["time_s"]  # time_s is in milliseconds, images_per_s in tenths
@@ -362,6 +368,20 @@ def test_folder_of_pictures_with_broken_files(tmp_path: Path, capsys: Capture) -
         (["gan", "--stepz", "3"], "Unrecognized options: --stepz, 3 (see gankern-train gan --help)"),
         (["gan", "--steps", "many"], "Error parsing --steps: invalid literal for int() with base 10: 'many'"),
         (["gan", "--steps", "0"], "train: steps must be a finite number >= 1, got 0"),
+        (["gan", "--mmd-root"], "train: mmd_root must be left out without --loss mmd, got True"),
+        (
+            ["dcgan", "--d-widths", "8", "4"],
+            "train: d_widths must be left out with --arch dcgan, whose networks do not have it, got 8 4",
+        ),
+        (["gan", "--arch=dcgan", "--d-dropout=0.3"], "train: d_dropout must be left out with --arch dcgan, whose networks do not"),
+        (
+            ["gan", "--loss", "wgan", "--clip-weights", "1"],
+            "train: label_smoothing must be 1 with --loss wgan, which has no targets, got 0.9 from the preset (see",
+        ),
+        (
+            ["gan", "--loss", "wgan", "--clip-weights", "1", "--label-smoothing=0.8"],
+            "train: label_smoothing must be 1 with --loss wgan, which has no targets, got 0.8 (see",
+        ),
         (["gan", "--precision", "fp8"], "invalid choice 'fp8' for argument '--precision'"),
         (["gan", "--precision", "tf32"], "train: precision must be fp32 or bf16 on cpu, got tf32"),
         (["gan", "--device", "tpu"], "device must be auto, cpu or cuda[:number], got 'tpu'"),
@@ -432,17 +452,29 @@ def test_missing_extra_says_how_to_install_it(capsys: Capture, monkeypatch: pyte
     assert refused(capsys, status) == 'tyro, rich must be installed for this: pip install "gankern[train]"'
 
 
-def test_help_explains_every_setting(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+@pytest.mark.parametrize("columns", [60, 100])
+def test_help_explains_every_setting(columns: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as stop:
-        train_main(["gan", "--help"])
+        train_main(["gmmn", "--steps", "3", "--help"])
     assert not stop.value.code
     text = capsys.readouterr().out
-    for name in TrainConfig.__dataclass_fields__:
-        flag = f"--{name.replace('_', '-')}"
-        assert flag in text
-        after = " ".join(text.split(flag, 1)[1].replace("│", " ").split())
-        assert "." in after.split("(default:")[0], f"{flag} has no help"
+    groups = re.findall(r"^(\w.*):$", text, re.MULTILINE)
+    assert groups == list(GROUPS.values())
+    told = re.split(r"^  --", text, flags=re.MULTILINE)[1:]
+    assert [entry.split()[0].rstrip(",").replace("-", "_") for entry in told] == [f.name for f in dataclasses.fields(TrainConfig)]
+    for entry, value in zip(told, dataclasses.asdict(PRESETS["gmmn"].config).values(), strict=True):
+        flag, body = entry.split("\n", 1)
+        assert max(map(len, body.splitlines())) <= columns
+        words = " ".join(body.split())
+        said = {"True": "on", "False": "off", "": "nothing"}.get(shown(value), shown(value))
+        assert re.search(rf"\. \(default: {re.escape(said)}\)", words), flag
+    assert "--penalty {none,gp,lp,0gp,dragan,r1,r2,r1r2}" in text
+    assert "One of non-saturating, " in " ".join(text.split())
+
+
+def test_what_the_preset_has_of_no_effect_is_no_matter() -> None:
+    assert train.parse("gan", ["--arch", "dcgan", "--momentum", "0"]).d_dropout == 0.3
 
 
 def test_flags_are_the_inverse_of_parsing() -> None:

@@ -9,9 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gankern.models import ACGANDiscriminator, CGANGenerator, MLPAutoencoder, MLPDiscriminator, MLPGenerator
+from gankern.models import (
+    ACGANDiscriminator,
+    CGANDiscriminator,
+    CGANGenerator,
+    MLPAutoencoder,
+    MLPDiscriminator,
+    MLPGenerator,
+    Packed,
+)
 from gankern.training import TrainConfig, Trainer
 from gankern.training.critics import MMD, MMDGAN, Auxiliary
+from gankern.training.critics.mmd import rows
 from tests.small import ask
 
 pytestmark = pytest.mark.usefixtures("steady")
@@ -143,20 +152,64 @@ def test_mmd_gan_is_the_papers(make: Any, one_pass: bool) -> None:
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
 
 
+def witness_penalty(net: Any, real: Tensor, fake: Tensor, points: Tensor, target: float, *labels: Tensor) -> Tensor:
+    """Mean (norm - target)² of the witness function's slopes at points, input by input."""
+    norms = []
+    points = points.clone().requires_grad_()
+    for i in range(len(points)):
+        own = [c[i % len(c)].unsqueeze(0) for c in labels]
+        code = net(points[i : i + 1], *own).view(1, -1)
+        witness = mean_kernel(net(real, *labels).view(len(real), -1), code) - mean_kernel(
+            net(fake, *labels).view(len(fake), -1), code
+        )
+        (g,) = torch.autograd.grad(witness, points, create_graph=True)
+        norms.append(g[i].norm())
+    return ((torch.stack(norms) - target) ** 2).mean()
+
+
+def test_the_penalty_of_packs_is_one_a_pack() -> None:
+    torch.manual_seed(1)
+    net, real, fake = Packed(MLPDiscriminator((2, 4, 4), (8,)), 2).double(), images(6), 2 * images(6, 1)
+    critic = ask(net, config("mmd-gan", penalty="r2", penalty_weight=3.0))
+    packs = [x.reshape(3, 2, 4, 4) for x in (real, fake)]
+    want = 3.0 * witness_penalty(net.critic, *packs, packs[1], 0.0) - mmd2(net(real)[:, None], net(fake)[:, None])
+    torch.testing.assert_close(critic.discriminator(real, fake).loss, want, rtol=1e-9, atol=0)
+
+
+def test_the_penalty_of_both_halves_is_told_the_classes_of_both() -> None:
+    torch.manual_seed(1)
+    net, real, fake, labels = (
+        CGANDiscriminator(SHAPE, 3, (8,), dropout=0.0).double(),
+        images(5),
+        2 * images(5, 1),
+        torch.arange(5) % 3,
+    )
+    critic = ask(net, config("mmd-gan", penalty="r1r2", penalty_weight=3.0))
+    penalty = sum(3.0 * witness_penalty(net, real, fake, points, 0.0, labels) for points in (real, fake))
+    want = penalty - mmd2(net(real, labels)[:, None], net(fake, labels)[:, None])
+    torch.testing.assert_close(critic.discriminator(real, fake, labels).loss, want, rtol=1e-9, atol=0)
+
+
+def test_the_witness_function_of_bfloat16_features_is_computed_in_float32() -> None:
+    critic = ask(scores(), config("mmd-gan", penalty="r1"))
+    assert isinstance(critic, MMDGAN)
+    a, b = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(critic._similarity(rows(a), rows(b)), critic._similarity(a.float(), b.float()))
+
+
+def test_refuses_a_critic_that_gives_classes() -> None:
+    with pytest.raises(ValueError, match=r"^train: arch must give features with --loss mmd-gan"):
+        ask(classifier(), config("mmd-gan", clip_weights=0.1))
+
+
 @pytest.mark.parametrize("penalty", ["gp", "r1"])
 def test_the_penalty_is_that_of_the_witness_function(penalty: str) -> None:
     net, real, fake = autoencoder(), images(5), 2 * images(5, 1)
     settings = config("mmd-gan", penalty=penalty, penalty_weight=3.0, mmd_reconstruction=0.0)
     out = ask(net, settings, torch.Generator().manual_seed(7)).discriminator(real, fake)
     eps = torch.rand(5, generator=torch.Generator().manual_seed(7), dtype=torch.float64)[:, None, None, None]
-    points = (eps * real + (1 - eps) * fake if penalty == "gp" else real.clone()).requires_grad_()
-    norms = []
-    for i in range(5):  # sample by sample
-        code = net.encode(points[i : i + 1])
-        witness = mean_kernel(net.encode(real), code) - mean_kernel(net.encode(fake), code)
-        (g,) = torch.autograd.grad(witness, points, create_graph=True)
-        norms.append(g[i].norm())
-    want = 3.0 * ((torch.stack(norms) - float(penalty == "gp")) ** 2).mean() - mmd2(net.encode(real), net.encode(fake))
+    points = eps * real + (1 - eps) * fake if penalty == "gp" else real
+    want = 3.0 * witness_penalty(net.encode, real, fake, points, float(penalty == "gp")) - mmd2(net.encode(real), net.encode(fake))
     torch.testing.assert_close(out.loss, want, rtol=1e-9, atol=0)
     torch.testing.assert_close(gradients(net, out.loss), gradients(net, want), rtol=1e-7, atol=1e-10)
 

@@ -112,6 +112,8 @@ def test_flags_in_the_texts_are_flags_of_a_run() -> None:
         assert set(re.findall(r"--([a-z][a-z0-9-]*)", words)) <= fields, name
         for loss in re.findall(r"--loss ([a-z-]+)", words):
             assert loss in EXPLANATIONS
+        if "--label-smoothing 0.9" in words:
+            TrainConfig(loss=typing.cast(typing.Any, name), label_smoothing=0.9)
 
 
 # --- the command
@@ -133,8 +135,12 @@ def test_explain_lists_the_losses(capsys: Capture) -> None:
 
 
 def test_explain_refuses_an_unknown_loss(capsys: Capture) -> None:
-    assert main(["explain", "gan"]) == 2
-    assert capsys.readouterr().err.startswith("gankern explain: loss must be one of non-saturating, minimax")
+    assert main(["explain", "gun"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("gankern explain: loss must be one of non-saturating, minimax")
+    assert said.endswith("got 'gun'\n")
+    assert main(["explain", "gan-minimax"]) == 2
+    assert capsys.readouterr().err.endswith("got 'gan-minimax', a preset, whose loss is minimax\n")
 
 
 # --- the log in words
@@ -166,6 +172,12 @@ ROW = {"d_loss": 1.31, "g_loss": 0.7512, "d_real": 0.6, "d_fake": 0.4}
             ["D(x)", "D(G(z))"],
         ),
         (
+            {"arch": "pacgan-toy", "feature_matching": 1.0, "reconstruction": 2.0},
+            "d_loss 1.310 (1.386 = 2 log 2 when the critic cannot tell), "
+            "g_loss 0.751 (0.6931 = log 2 plus the features' distance plus the reconstruction's error)",
+            ["D(x)", "D(G(z))"],
+        ),
+        (
             {"loss": "ebgan", "margin": 2.0},
             "d_loss 1.310 (2 = the margin when the critic cannot tell), g_loss 0.751 (the energy, plus the pulling-away term)",
             ["E(x)", "E(G(z))"],
@@ -173,6 +185,18 @@ ROW = {"d_loss": 1.31, "g_loss": 0.7512, "d_real": 0.6, "d_fake": 0.4}
         (
             {"generator_loss": "saturating"},
             "d_loss 1.310 (1.386 = 2 log 2 when the critic cannot tell), g_loss 0.751 (-0.6931 = -log 2)",
+            ["D(x)", "D(G(z))"],
+        ),
+        (
+            {"generator_loss": "saturating", "unroll": 5, "arch": "acgan"},
+            "d_loss 1.310 (1.386 = 2 log 2 plus the classes' cross entropy when the critic cannot tell), "
+            "g_loss 0.751 (-0.6931 = -log 2 plus the classes' cross entropy)",
+            ["D(x)", "D(G(z))"],
+        ),
+        (
+            {"generator_loss": "saturating", "unroll": 5},
+            "d_loss 1.310 (1.386 = 2 log 2 when the critic cannot tell), "
+            "g_loss 0.751 (-1.386 = minus the critic's, after its updates)",
             ["D(x)", "D(G(z))"],
         ),
     ],
@@ -203,3 +227,5 @@ def test_picture_of_the_losses(scores: tuple[str, ...], tmp_path: Path, monkeypa
     if scores:
         assert (panels[1].get_ylim() == (0.0, 1.0)) == (scores[0] == "D(x)")
     assert (tmp_path / "losses.png").is_file()
+    pictures.plot_losses(tmp_path / "losses.png", rows[:1], "run", scores)
+    assert all(axes.lines[1].get_marker() == "." for axes in shown[1].axes)  # one point would be no line

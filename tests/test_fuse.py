@@ -863,6 +863,7 @@ def test_distributed_data_parallel(tmp_path: Any) -> None:
         for a, b in zip(wrapped.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad)
         assert gankern.fuse(wrapped, inplace=True) is wrapped
+        del wrapped  # if its reducer lets go of the process group last, it waits for gloo's thread, and that for the GIL
     finally:
         torch.distributed.destroy_process_group()
 

@@ -180,6 +180,7 @@ def distributed_step(rank: int, folder: str, name: str) -> None:
             out.backward()
             optimizer.step()
     torch.save([[p.grad for p in critic.parameters()], list(critic.parameters())], f"{folder}/{rank}")
+    del ddp  # before the process group: its reducer must not be the last to let go of it
     dist.destroy_process_group()
 
 

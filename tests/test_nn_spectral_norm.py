@@ -315,6 +315,7 @@ def _replica(rank: int, port: int, out: str) -> None:
         (parallel(torch.cat([real[mine], fake[mine]])) * torch.tensor([[-1.0]] * 4 + [[1.0]] * 4)).mean().backward()
         optimiser.step()
     torch.save(net.state_dict(), f"{out}/{rank}.pt")
+    del parallel  # before the process group: its reducer must not be the last to let go of it
     torch.distributed.destroy_process_group()
 
 

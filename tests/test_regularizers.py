@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gankern
+from gankern import backend as backends
 from gankern import regularizers
 from tests.support import DEVICE, CountProducts, ProfileProducts, need, randn
 
@@ -722,33 +723,43 @@ def test_cuda_graph_capture_draws_anew_at_each_replay(sample: str) -> None:
         assert value.item() == pytest.approx(gankern.gradient_penalty(critic, real, fake).item(), rel=1e-5)
 
 
-def distributed_step(rank: int, folder: str, name: str) -> None:
-    """One of two processes: half of the batch through DistributedDataParallel, two steps."""
+def distributed_steps(rank: int, folder: str, names: list[str]) -> None:
+    """One of two processes: half of the batch through DistributedDataParallel, two steps on each backend."""
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    critic = nn.parallel.DistributedDataParallel(mlp())
     half = slice(8 * rank, 8 * rank + 8)
     (real, fake), eps = pair(16, 7), epsilons(16)
-    with gankern.use_backend(name):
-        for _ in range(2):  # a parameter that was left without a gradient shows in the second step
-            critic.zero_grad()
-            penalty = gankern.gradient_penalty(critic, real[half], fake[half], eps=eps[half])
-            (critic(fake[half]).mean() - critic(real[half]).mean() + penalty).backward()
-    if rank == 0:
-        torch.save([p.grad for p in critic.parameters()], f"{folder}/gradients")
+    for name in names:
+        critic = nn.parallel.DistributedDataParallel(mlp())
+        with gankern.use_backend(name):
+            for _ in range(2):  # a parameter that was left without a gradient shows in the second step
+                critic.zero_grad()
+                penalty = gankern.gradient_penalty(critic, real[half], fake[half], eps=eps[half])
+                (critic(fake[half]).mean() - critic(real[half]).mean() + penalty).backward()
+        if rank == 0:
+            torch.save([p.grad for p in critic.parameters()], f"{folder}/{name}")
+        del critic  # before the process group: its reducer must not be the last to let go of it
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with rank 0's gradients on each backend that runs here, a file each."""
+    folder = tmp_path_factory.mktemp("two")
+    names = [name for name in ("reference", "compiled") if not backends.problem(name, "cpu")]
+    torch.multiprocessing.spawn(distributed_steps, (str(folder), names), nprocs=2)
+    return folder
 
 
 @pytest.mark.skipif(not torch.distributed.is_available() or DEVICE != "cpu", reason="two gloo processes on the CPU")
 @pytest.mark.parametrize("name", ["reference", "compiled"])
-def test_two_processes_have_the_gradients_of_one_at_the_global_batch(name: str, tmp_path: Path) -> None:
+def test_two_processes_have_the_gradients_of_one_at_the_global_batch(name: str, two_processes: Path) -> None:
     need(name)
-    torch.multiprocessing.spawn(distributed_step, (str(tmp_path), name), nprocs=2)
     critic, (real, fake), eps = mlp(), pair(16, 7), epsilons(16)
     loss = critic(fake).mean() - critic(real).mean() + eager(critic, real, fake, eps)
-    for got, want in zip(torch.load(tmp_path / "gradients"), gradients(loss, critic), strict=True):
+    for got, want in zip(torch.load(two_processes / name), gradients(loss, critic), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
 
 

@@ -14,6 +14,7 @@ from gankern import data
 from gankern.cli.main import main
 from gankern.data import to_float
 from gankern.reproduce import TABLES, Claim, Result, Row, Table, Trial, run
+from gankern.reproduce.fgan import FITS, PUBLISHED
 from gankern.reproduce.plane import coverage as plane_coverage
 from gankern.reproduce.stacked import coverage
 from gankern.reproduce.table import rising, spread
@@ -112,6 +113,13 @@ def test_a_trial_looks_at_the_end_and_on_the_way() -> None:
     assert torch.equal(again.looks[-1], trial.looks[-1])
 
 
+def test_published_fits_are_those_of_quadrature() -> None:
+    assert all(row.published == PUBLISHED.get(row.name, {}) for row in TABLES["fgan"].rows)
+    for name, numbers in PUBLISHED.items():
+        _, least, mu, sigma = FITS[name]
+        assert [float(numbers[key]) for key in ("divergence", "mu", "sigma")] == pytest.approx([least, mu, sigma], abs=1e-3)
+
+
 def test_pacgan_counts_packs() -> None:
     """100 packs an update, whatever a pack holds."""
     for name in ("pacgan1-ring", "pacgan1-grid"):
@@ -135,7 +143,8 @@ def test_the_command_runs_and_lists(tmp_path: Path, capsys: Capture) -> None:
     ("flags", "sentence"),
     [
         (["pacgan9"], f"TABLE must be one of {', '.join(TABLES)}, got 'pacgan9'"),
-        (["fgan", "--seeds", "-1"], "--seeds must be >= 0, got -1"),
+        (["fgan", "--seeds", "-1"], "--seeds must be >= 1, got -1"),
+        (["fgan", "--steps", "0"], "--steps must be >= 1, got 0"),
         (["fgan", "--workers", "0"], "--workers must be >= 1, got 0"),
     ],
 )

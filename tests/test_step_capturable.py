@@ -178,6 +178,7 @@ FUSED: dict[str, set[str]] = {  # what each architecture, or preset, runs as
     "cdcgan": CONV,
     "acgan": CONV,
     "autoencoder": {"linear_lrelu_act"},
+    "conv-autoencoder": {"bn_lrelu", "bias_lrelu", "spectral_norm"},
     "gmmn": {"pairwise_gram_"},
     "improved": {"gan_loss", "bn_lrelu"},
     "tabular": {"bn_lrelu", "mlp_critic_pass"},

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gankern.training import TrainConfig, Trainer, checkpoint
+from gankern.training.combinations import idle
 from gankern.training.graph import Eager
 from tests import small
 
@@ -110,18 +111,42 @@ def test_labels_are_drawn_from_their_ranges_and_swapped() -> None:
     assert "real_label=drawn" in repr(single.critic.loss)
 
 
+# --- instance noise
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_instance_noise_fades_over_its_steps_and_a_resume(capturable: bool) -> None:
+    """Of real and of fake samples, for either network: s, s 2/3, s 1/3, 0, 0."""
+    settings = small.config("gan", **PLAIN, batch_size=500, instance_noise=0.6, instance_noise_steps=3)
+    t, x = small.trainer(settings, capturable=capturable), reals(settings)
+    for share in (1, 2 / 3, 1 / 3, 0, 0):
+        added = t.seen(x) - x
+        assert abs(added.mean()) < 0.02
+        torch.testing.assert_close(added.std(), torch.tensor(0.6 * share), rtol=0.03, atol=1e-6)
+        spies: dict[str, list[tuple[Tensor, ...]]] = {"discriminator": [], "generator": []}
+        for side, calls in spies.items():
+            ask = getattr(t.critic, side)
+            setattr(t.critic, side, lambda *samples, ask=ask, calls=calls: (calls.append(samples), ask(*samples))[1])
+        t.step(x)
+        (real, _), (_, again) = spies["discriminator"][0], spies["generator"][0]
+        assert torch.equal(real, x) == torch.equal(again, x) == (share == 0)
+        resumed = small.trainer(settings, capturable=capturable)
+        resumed.load_state_dict(t.state_dict())
+        t = resumed
+
+
 # --- replay
 
 
 def test_replayed_fakes_are_earlier_ones() -> None:
     t, seen = spied(small.config("gan", batch_size=8, replay=10, n_critic=3))
     made: list[Tensor] = []
-    fake = t.fake
-    t.fake = lambda *args: made.append(fake(*args)) or made[-1]  # type: ignore[method-assign,func-returns-value]
+    fakes = t.techniques["replay"].fakes
+    t.techniques["replay"].fakes = lambda fake: (made.append(fake), fakes(fake))[1]  # type: ignore[method-assign,func-returns-value]
     for i in range(6):
         t.step(reals(t.config, i))
     for update, (_, shown, *_) in enumerate(seen):
-        now, before = made[update].detach(), torch.cat([m[:4] for m in made[:update]] or [torch.empty(0, *shown.shape[1:])])
+        now, before = made[update], torch.cat([m[:4] for m in made[:update]] or [torch.empty(0, *shown.shape[1:])])
         assert torch.equal(shown[:4], now[:4])
         if update == 0:
             assert torch.equal(shown, now)
@@ -131,7 +156,7 @@ def test_replayed_fakes_are_earlier_ones() -> None:
         assert len({w[0] for w in which}) == 4
     assert t.techniques["replay"].state()["filled"].sum() == 10
     kept = t.techniques["replay"].state()["buffer"]
-    assert all(any(torch.equal(k, x) for k in kept) for x in made[-1][:4].detach())
+    assert all(any(torch.equal(k, x) for k in kept) for x in made[-1][:4])
 
 
 def test_replay_keeps_packs_whole() -> None:
@@ -161,7 +186,7 @@ def test_feature_matching(preset: str) -> None:
         for more in ({}, {"generator_loss": "matching"}, {"feature_matching": 0.7})
     )
     x = reals(plain.config)
-    fake = plain.fake(len(x)).detach().requires_grad_()
+    fake = plain.fake(plain.noise(len(x))).detach().requires_grad_()
     with torch.no_grad():
         wanted = features(plain.discriminator, x).mean(0)
     expected = (features(plain.discriminator, fake).mean(0) - wanted).square().sum()
@@ -238,7 +263,7 @@ def test_vae_term_and_its_gradients(reconstruct: str) -> None:
     t = small.trainer(small.config("gan", **changes))
     technique: Any = t.techniques["reconstruction"]
     x, state = reals(t.config), t.rng.get_state()
-    fake = t.fake(len(x))
+    fake = t.fake(t.noise(len(x)))
     before = t.rng.get_state()
     term = technique.term(fake, x)
     t.rng.set_state(before)
@@ -311,7 +336,65 @@ def test_dropout_in_drawn_samples(preset: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain.generator.buffers(), dropped.generator.buffers(), strict=True))
 
 
-# --- refused
+# --- without effect, and refused
+
+OTHERS: dict[str, Any] = {
+    "margin": 0.3, "pulling_away_weight": 0.7, "began_gamma": 0.9, "began_lambda": 0.5, "mmd_bandwidths": (3.0,), "mmd_root": True,
+    "mmd_reconstruction": 2.0, "class_weight": 3.0, "label_smoothing": 0.8, "fake_label": 0.1,
+    "penalty_weight": 3.0, "instance_noise_steps": 5, "reconstruct": "features", "lr_d": 0.1, "ttur": 7.0, "optimizer_d": "rmsprop",
+    "beta1": 0.1, "beta2": 0.7, "momentum": 0.5, "sample_dropout": True, "ema_warmup": False, "conv_width": 6, "code": 3,
+    "g_widths": (7,), "d_widths": (7,), "negative_slope": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        {},
+        {"loss": "relativistic"},
+        {"loss": "relativistic", "label_noise": 0.4},
+        {"real_label_range": (0.5, 1.0), "fake_label_range": (0.0, 0.3)},
+        {"penalty": "r1", "ttur": 2.0, "instance_noise": 0.2, "g_dropout": 0.3, "ema": 0.9},
+        {"optimizer_d": "sgd", "optimizer_g": "rmsprop", "reconstruction": 1.0},
+        {"loss": "mmd", "optimizer_d": "sgd"},
+        {"arch": "autoencoder", "loss": "ebgan"},
+        {"arch": "autoencoder", "loss": "began"},
+        {"arch": "autoencoder", "loss": "mmd-gan", "clip_weights": 0.5},
+        {"arch": "acgan"},
+        {"arch": "dcgan", "loss": "mmd"},
+        {"arch": "pacgan-toy", "reconstruction": 1.0},
+    ],
+    ids=str,
+)
+def test_what_changes_nothing_is_idle_and_nothing_else(base: dict[str, Any]) -> None:
+    """Two steps and samples after them, with one setting changed after the other."""
+
+    def outcome(settings: TrainConfig) -> list[Tensor]:
+        torch.manual_seed(0)
+        engine = Eager(small.trainer(settings), small.batches(settings))
+        losses = [value for _ in range(2) for value in engine.step().values()]
+        labels = [torch.arange(4) % small.CLASSES] if settings.arch == "acgan" else []
+        torch.manual_seed(1)
+        return [*losses, engine.trainer.sample(torch.linspace(-1, 1, 4 * settings.z_dim).view(4, -1), *labels)]
+
+    def made(**changes: Any) -> TrainConfig:
+        plain = {"d_dropout": 0.0, "label_smoothing": 1.0, "ema": 0.0, "lr_g": 0.01, "lr_d": 0.01, "batch_size": 6}
+        return dataclasses.replace(TrainConfig(**(small.WIDTHS | plain | base)), **changes)
+
+    before = outcome(made())
+    for name, value in OTHERS.items():
+        try:
+            changed = made(**{name: value})
+        except ValueError:  # refused: no matter
+            continue
+        same = all(torch.equal(a, b) for a, b in zip(before, outcome(changed), strict=True))
+        assert same == (name in idle(changed)), name
+
+
+@pytest.mark.parametrize("term", ["feature_matching", "historical_averaging"])
+def test_techniques_with_a_critic_that_tells_the_class(term: str) -> None:
+    settings = small.config("acgan", **{term: 1.0})
+    assert all(value.isfinite() for value in Eager(small.trainer(settings), small.batches(settings)).step().values())
 
 
 @pytest.mark.parametrize(
@@ -327,6 +410,9 @@ def test_dropout_in_drawn_samples(preset: str) -> None:
         ({"loss": "ebgan", "feature_matching": 1.0}, "feature_matching must be left out with --loss ebgan"),
         ({"loss": "mmd", "generator_loss": "matching"}, "generator_loss must be left out with --loss mmd"),
         ({"arch": "cgan", "replay": 100}, "replay must be 0 with --arch cgan"),
+        ({"arch": "acgan", "generator_loss": "matching"}, "generator_loss must be another with --arch acgan"),
+        ({"arch": "tabular", "batch_size": 1}, "batch_size must be >= 2 with BatchNorm"),
+        ({"loss": "ebgan", "batch_size": 1}, "batch_size must be >= 2 with --pulling-away-weight"),
         ({"kl": 0.1}, "kl must be 0 without --reconstruction"),
         ({"kl": 0.1, "reconstruction": 1.0, "latent": "uniform"}, "latent must be normal with --kl"),
         ({"loss": "ebgan", "reconstruction": 1.0, "reconstruct": "features"}, "reconstruct must be pixels with --loss ebgan"),

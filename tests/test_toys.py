@@ -311,12 +311,16 @@ def test_a_critic_that_says_nothing_is_drawn_too() -> None:
     assert Plane(load("ring", limit=100)).fakes(torch.zeros(3, 2), 1, flat).shape == (HEIGHT, WIDTH, 3)
 
 
-def test_histograms_show_at_most_twelve_columns() -> None:
+def test_histograms_show_at_most_twelve_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+    to_picture = pictures.to_picture
+    monkeypatch.setattr(pictures, "to_picture", lambda figure: shown.append(figure.get_suptitle()) or to_picture(figure))
     names = [str(i) for i in range(14)]
     fake = torch.full((20, 14), float("nan"))
     fake[:, 0] = 1e9
     assert pictures.histograms(torch.randn(300, 14, dtype=torch.float64), fake, names, "step 1").shape == (4 * 150 + 60, 720, 3)
     assert pictures.histograms(torch.full((10, 1), 5.0, dtype=torch.float64), None, names[:1], "data").shape == (210, 240, 3)
+    assert shown == ["step 1, 12 of 14 columns", "data"]
 
 
 def test_histograms_show_shares() -> None:

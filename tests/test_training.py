@@ -154,6 +154,7 @@ def test_config_tells_differences_but_not_in_fields_that_may_change() -> None:
         ({"g_widths": (3, "a")}, TypeError, "train: g_widths must be a tuple of ints, got"),
         ({"latent": "cauchy"}, ValueError, "train: latent must be one of normal, uniform, got 'cauchy'"),
         ({"seed": -1}, ValueError, "train: seed must be in"),
+        ({"data": ""}, ValueError, "train: data must name a source, got nothing"),
         ({"data": 3}, TypeError, "train: data must be of type str, got 3"),
     ],
 )
@@ -804,6 +805,11 @@ def test_runs_are_numbered_and_found_again(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=damaged.name):  # not passed over in silence: it may be the run that is asked for
         RunDir.newest(out, "gan", "mnist")
     (damaged / "config.json").unlink()
+    other = new_run(out, data="/elsewhere").path / "config.json"
+    other.write_text(other.read_text().replace('"steps": 12000', '"steps": 0'))
+    assert RunDir.newest(out, "gan", "mnist") is not None  # another run's settings are no matter
+    with pytest.raises(ValueError, match=rf"{other}: train: steps must be a finite number >= 1, got 0"):
+        RunDir.newest(out, "gan", "/elsewhere")
     assert RunDir.newest(out, "wgan", "mnist") is None
     assert RunDir.newest(tmp_path / "none", "gan", "mnist") is None
 

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gankern.losses import GANLoss
 from gankern.models import MLPDiscriminator
 from gankern.models.autoencoder import MLPAutoencoder
 from gankern.nn import spectral_norm_
 from gankern.nn.fuse import fuse
+from gankern.ops._objectives import OBJECTIVES
 from gankern.training import TrainConfig, critics
 from gankern.training.optimizers import make
 from tests import small
@@ -48,16 +50,17 @@ def warm(optimizer: Any, steps: int = 2) -> None:
 
 
 def test_one_step_of_a_linear_critic_by_hand() -> None:
-    """f = -mean w·x_f after w <- w - lr (mean x_f - mean x_r): its slope in each x_f is -(w' - lr mean x_f) / B."""
+    """f = -w'·d, d = mean x_f - mean x_r, after w' = w - lr d: its slope in each x_f is -(w' - lr d) / B."""
     net = nn.Sequential(nn.Linear(3, 1, bias=False), nn.Flatten(0))
     changes: dict[str, Any] = {"loss": "wgan", "clip_weights": 9.0, "optimizer_d": "sgd", "lr_d": 0.3}
     critic, _, _, real, fake = problem(net, unroll=1, **changes)
     w = next(net.parameters()).detach().flatten().clone()
     out = critic.generator(fake, real)
     out.backward()
-    moved = w - 0.3 * (fake.detach().mean(0) - real.mean(0))
-    torch.testing.assert_close(out.value, -(fake.detach() @ moved).mean(), check_dtype=False)
-    torch.testing.assert_close(fake.grad, (-(moved - 0.3 * fake.detach().mean(0)) / 4).expand(4, 3))
+    d = fake.detach().mean(0) - real.mean(0)
+    moved = w - 0.3 * d
+    torch.testing.assert_close(out.value, -(moved @ d), check_dtype=False)
+    torch.testing.assert_close(fake.grad, (-(moved - 0.3 * d) / 4).expand(4, 3))
     assert torch.equal(next(net.parameters()).flatten(), w)
     assert next(net.parameters()).grad is None
 
@@ -75,13 +78,17 @@ def value_after(net: nn.Module, optimizer: Any, config: TrainConfig, real: Tenso
         if config.clip_weights:
             for p in twin.parameters:
                 p.data.clamp_(-config.clip_weights, config.clip_weights)
+    if config.objective in ZERO_SUM:  # what the game is about: the critic's loss without penalty or smoothed labels
+        return -critics.Autograd(net, GANLoss(config.objective), "none", 0.0, torch.Generator()).discriminator(real, fake).value
     return plain.generator(fake, real).value
 
 
+ZERO_SUM = ("minimax", "wgan", "fgan-pearson")
 CASES: dict[str, dict[str, Any]] = {
     "adam": {},
     "sgd": {"optimizer_d": "sgd", "lr_d": 0.1, "momentum": 0.5},
     "rmsprop": {"optimizer_d": "rmsprop"},
+    "minimax": {"generator_loss": "saturating", "label_smoothing": 0.9},
     "hinge": {"loss": "hinge"},
     "lsgan": {"loss": "lsgan"},
     "fgan": {"loss": "fgan-pearson"},
@@ -155,6 +162,11 @@ def test_no_gradient_and_no_past_give_no_nan() -> None:
     assert fake.grad.isfinite().all()
 
 
+def test_zero_sum_games() -> None:
+    fgan = {f"fgan-{name}" for name in ("kl", "reverse-kl", "pearson", "hellinger", "jensen-shannon", "gan")}
+    assert {name for name, row in OBJECTIVES.items() if row.zero_sum} == {"minimax", "wgan", *fgan}
+
+
 def test_off_is_the_plain_critic() -> None:
     assert not isinstance(small.trainer(small.config("gan")).critic, critics.Unrolled)
     t = small.trainer(small.config("gan", unroll=2))
@@ -187,3 +199,17 @@ def test_unrolling_reaches_the_generator() -> None:
 def test_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=f"^train: {words}"):
         TrainConfig(unroll=2, **changes)
+
+
+def test_the_path_through_the_best_critic_fades() -> None:
+    """Where the critic is the best there is, f does not change with it: the gradient is that at a fixed critic (section 2.4)."""
+    net = nn.Sequential(nn.Linear(1, 1), nn.Flatten(0))
+    critic, optimizer, config, real, fake = problem(net, (1,), unroll=2, generator_loss="saturating", optimizer_d="sgd", lr_d=1.0)
+    for _ in range(500):
+        optimizer.forget()
+        critic.discriminator(real, fake.detach()).backward()
+        optimizer.update()
+    critic.generator(fake, real).backward()
+    whole, fake.grad = fake.grad, None
+    critics.choose(net, dataclasses.replace(config, unroll=0), torch.Generator()).generator(fake, real).backward()
+    torch.testing.assert_close(whole, fake.grad, rtol=1e-5, atol=1e-7)

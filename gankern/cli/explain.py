@@ -6,7 +6,8 @@ import textwrap
 
 from gankern.cli.common import Parser, Refused
 from gankern.losses.explanations import EXPLANATIONS, Explanation, Value, expected
-from gankern.training.config import TrainConfig
+from gankern.ops._objectives import OBJECTIVES
+from gankern.training import PRESETS, TrainConfig
 
 WIDTH = 110
 
@@ -20,7 +21,8 @@ def command(arguments: list[str]) -> int:
             print(f"  {loss:<32} {row.summary}")
         return 0
     if name not in EXPLANATIONS:
-        raise Refused(f"loss must be one of {', '.join(EXPLANATIONS)}, got {name!r}")
+        hint = f", a preset, whose loss is {PRESETS[name].config.objective}" if name in PRESETS else ""
+        raise Refused(f"loss must be one of {', '.join(EXPLANATIONS)}, got {name!r}{hint}")
     print(text(name, EXPLANATIONS[name]))
     return 0
 
@@ -66,12 +68,20 @@ class Reader:
     def __init__(self, config: TrainConfig) -> None:
         self.names = EXPLANATIONS[config.objective].scores
         self.values = expected(config.objective, config.label_smoothing, config.fake_label, config.margin)
+        if config.unroll and config.arch != "acgan" and config.objective in OBJECTIVES and OBJECTIVES[config.objective].zero_sum:
+            number = expected(config.objective)["d_loss"].number
+            self.values["g_loss"] = Value(None if number is None else 0.0 - number, "minus the critic's, after its updates")
         if config.real_label_range or config.fake_label_range or config.label_noise:
             self.values = dict.fromkeys(self.values, Value(None, "no fixed value: the labels are drawn"))
         if config.generator_loss == "matching":
             self.values["g_loss"] = Value(0.0, "features of the same mean")
-        classes = " plus the classes' cross entropy" if "acgan" in config.arch else ""
-        self.besides = {"d_loss": " plus the penalty" * (config.penalty != "none") + classes, "g_loss": classes}
+        classes = " plus the classes' cross entropy" if config.arch == "acgan" else ""
+        self.besides = {
+            "d_loss": " plus the penalty" * (config.penalty != "none") + classes,
+            "g_loss": classes
+            + " plus the features' distance" * (config.feature_matching > 0)
+            + " plus the reconstruction's error" * (config.reconstruction > 0),
+        }
 
     def equilibrium(self) -> list[tuple[str, str]]:
         """(name, value in words) of each column."""

@@ -40,7 +40,7 @@ class Progress:
         """Show a row of log.jsonl."""
         step = int(row["step"])
         left = timedelta(seconds=round((self.steps - step) * self.batch_size / max(row["images_per_s"], 0.1)))
-        speed = f"{row['images_per_s']:.0f} img/s"
+        speed = f"{row['images_per_s']:.0f} samples/s"
         scores = "".join(f" {name} {value:.2f}" for name, value in self.reader.scores(row))
         if self.bar is not None:
             words = f"{speed} D {row['d_loss']:.3f} G {row['g_loss']:.3f}{scores} ETA {left}"

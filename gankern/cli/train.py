@@ -24,9 +24,11 @@ import gankern
 from gankern import data
 from gankern.cli.common import Parser, Refused, need, pick_device, refusing
 from gankern.cli.explain import Reader
+from gankern.cli.help import settings, shown
 from gankern.cli.progress import Progress
 from gankern.models import sample_latent
 from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, pictures, precision, run_dir
+from gankern.training.combinations import idle
 from gankern.training.graph import Eager, Pending, make
 from gankern.training.networks import CONDITIONAL
 from gankern.training.run_dir import MODES, RunDir
@@ -67,16 +69,24 @@ def parse(preset: str, arguments: list[str]) -> TrainConfig:
     import tyro
 
     prog, complaint = f"gankern-train {preset}", io.StringIO()
+    if "-h" in arguments or "--help" in arguments:
+        print(settings(preset))
+        raise SystemExit(0)
+    typed = {word.partition("=")[0].lstrip("-").removeprefix("no-").replace("-", "_") for word in arguments if word[:2] == "--"}
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                TrainConfig, prog=prog, description=PRESETS[preset].summary, default=PRESETS[preset].config, args=arguments
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-    words = unframed(complaint.getvalue()).rstrip(".").removeprefix("Error parsing TrainConfig: ")
-    raise Refused(f"{words or 'the flags must be understood'} (see {prog} --help)")
+            config = tyro.cli(TrainConfig, prog=prog, default=PRESETS[preset].config, args=arguments)
+    except SystemExit:
+        words = unframed(complaint.getvalue()).rstrip(".").removeprefix("Error parsing TrainConfig: ")
+        named = re.match(r"train: (\w+) must ", words)
+        if named and named[1] not in typed:
+            words += " from the preset"
+        raise Refused(f"{words or 'the flags must be understood'} (see {prog} --help)") from None
+    for name, why in idle(config).items():
+        value = getattr(config, name)
+        if name in typed and value != getattr(TrainConfig, name):
+            raise Refused(f"train: {name} must be left out {why}, got {shown(value)} (see {prog} --help)")
+    return config
 
 
 def unframed(complaint: str) -> str:
@@ -406,8 +416,10 @@ def describe(preset: str, config: TrainConfig, trainer: Trainer, dataset: data.D
 
     row = PRESETS[preset]
     print(f"preset {preset}: {row.summary} ({row.source})\nexpect: {row.expect}\n\nsettings")
+    unused = idle(config)
     for name, value in config.to_json().items():
-        print(f"  {name:<18} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
+        if name not in unused:
+            print(f"  {name:<22} {shown(value) or 'nothing'}")
     print(f"\ndata      {len(dataset)} {dataset.kind} {list(dataset.shape)}: {dataset.note}\ndevice    {trainer.device}\n")
     for role, model in (("generator", trainer.generator), ("discriminator", trainer.discriminator)):
         print(f"{role}, {sum(p.numel() for p in model.parameters()):,} parameters\n{model}\n")
@@ -416,6 +428,6 @@ def describe(preset: str, config: TrainConfig, trainer: Trainer, dataset: data.D
         print(f"  {name:<14} {words}")
     print("\nops")
     for op, name, why in backends(trainer.device):
-        print(f"  {op:<14} {name:<10} {why}")
+        print(f"  {op:<22} {name:<10} {why}")
     where = f"a new directory under {config.outdir}" if run is None else f"{run.path}, continued after step {trainer.steps_done}"
     print(f"\nwould train into {where}; nothing was written")

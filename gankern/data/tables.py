@@ -15,15 +15,16 @@ from gankern.data.dataset import OP, Dataset, Table
 
 
 def standardised(values: np.ndarray, columns: Sequence[str], path: Path, note: str) -> Dataset:
-    """The rows of `values` [N, F] as float32 samples, with what restores them. A column of one value keeps its scale."""
+    """The rows of `values` [N, F] as float32 samples, with what restores them. A column of one value has the s.d. 0."""
     values = values.astype(np.float64)
     if values.size == 0:
         checks.fail(ValueError, OP, "table", "have at least one row and one column", f"shape {list(values.shape)} in {path}")
     row, column = (int(i[0]) if len(i) else -1 for i in np.nonzero(~np.isfinite(values)))
     if row >= 0:
         checks.fail(ValueError, OP, f"column {columns[column]}", "hold finite numbers", f"{values[row, column]} in {path}")
-    mean, std = values.mean(0), np.where(np.ptp(values, 0) > 0.0, values.std(0), 1.0)
-    samples = torch.from_numpy(((values - mean) / std).astype(np.float32))
+    spread = np.ptp(values, 0) > 0.0
+    mean, std = np.where(spread, values.mean(0), values[0]), np.where(spread, values.std(0), 0.0)
+    samples = torch.from_numpy(((values - mean) / np.where(spread, std, 1.0)).astype(np.float32))
     table = Table(tuple(columns), tuple(mean.tolist()), tuple(std.tolist()))
     return Dataset(samples, name=path.stem, note=f"{note}, columns standardised", table=table)
 

@@ -46,16 +46,17 @@ class Explanation(NamedTuple):
     scores: tuple[str, ...] = ("D(x)", "D(G(z))")
 
 
-_WINS = (
-    "D(x) near 1, D(G(z)) near 0: the critic has won. Smooth its labels, add --instance-noise 0.1 or --d-dropout 0.3, bound it "
-    "(--penalty r1, --spectral-norm), or lower --lr-d."
+_STRONG = (
+    "D(x) near 1, D(G(z)) near 0: the critic has won. Add --instance-noise 0.1 or --d-dropout 0.3, bound it (--penalty r1, "
+    "--spectral-norm), or lower --lr-d."
 )
+_WINS = f"{_STRONG} Or smooth its labels: --label-smoothing 0.9."
 _LOST = (
     "d_loss stays at its equilibrium while the pictures are bad: the critic learns nothing. Raise --lr-d, --n-critic or its widths."
 )
 _COLLAPSE = (
     "The pictures repeat each other though the losses look well: modes are lost. Add --penalty gp or r1, --d-dropout 0.3, a larger "
-    "--batch-size, or let the critic see several samples at once."
+    "--batch-size, or let the critic see several samples at once (--pack 2, --minibatch-features distance)."
 )
 _SWINGS = "The losses swing ever wider: lower both rates, or set --beta1 0, --ema 0.999 and --clip-gradients."
 _FADES = "g_loss close to 0 and hardly moving: the gradient of the saturating form has faded. Take --loss non-saturating."
@@ -87,7 +88,7 @@ def _divergence(
             'Nowozin, Cseke, Tomioka, "f-GAN", NeurIPS 2016, eq. 4 and 6, tables 2 and 6' + (", section 3.2" if ending else ""),
             "-d_loss is a lower bound of the divergence, so d_loss <= 0 for a good critic; it rises to 0 as the laws meet. g_loss "
             "is of either sign and has no bound.",
-            Value(0.0), g_loss, d, d, (_UNBOUNDED, _WINS, _COLLAPSE),
+            Value(0.0), g_loss, d, d, (_UNBOUNDED, _STRONG, _COLLAPSE),
         )  # fmt: skip
     return rows
 

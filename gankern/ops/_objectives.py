@@ -155,6 +155,13 @@ class Objective(NamedTuple):
     generator_real: Part | None = None
     relative: str = "no"
 
+    @property
+    def zero_sum(self) -> bool:
+        """Whether the generator pays, for fake logits, minus what the critic does with the labels 1 and 0."""
+        if self.relative != "no" or self.fake is None:
+            return False
+        return self.generator == Part(self.fake.term, -1.0, "fake") or self.generator.term == self.fake.term == "linear"
+
 
 RELATIVE = ("no", "pair", "average")  # the logit; minus its partner in the other half; minus the mean of the other half
 SIDES = ("discriminator", "generator")

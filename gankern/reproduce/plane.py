@@ -95,15 +95,15 @@ def _pacgan(name: str, source: str, steps: int, published: dict[int, str]) -> Ta
         source="Lin et al., PacGAN, NeurIPS 2018, table 1",
         setup=(
             f"{source}: generator 4 x 400 with BatchNorm, discriminator 3 maxout layers 200 x 5, Adam 1e-4 (0.8, 0.999), 100 packs "
-            f"a step; published: 400 epochs of 100 000 points, 400 000 steps, 10 trials. Modes, high-quality share and reverse KL "
-            f"of {SAMPLES} samples."
+            f"a step; published: 400 epochs of 100 000 points, 400 000 steps, 10 trials. Modes, "
+            f"high-quality share and reverse KL of {SAMPLES} samples."
         ),
         metrics=("modes", "high_quality", "reverse_kl"),
         rows=rows,
         trial=coverage,
         claims=(
             rising("modes", "GAN", "PacGAN2"),
-            Claim("mean modes: PacGAN2 <= PacGAN4", lambda r: r["PacGAN2"].mean("modes") <= r["PacGAN4"].mean("modes")),
+            rising("modes", "PacGAN2", "PacGAN4", strictly=False),
         ),
         draw=draw,
         seeds=5,
@@ -126,13 +126,23 @@ PACGAN_GRID = _pacgan(
 )
 
 _UNROLLED = TrainConfig(
-    data="unrolled-ring", arch="unrolled-toy", z_dim=256, batch_size=512, lr_g=1e-3, lr_d=1e-4, beta1=0.5, steps=5_000, ema=0.0
+    data="unrolled-ring",
+    arch="unrolled-toy",
+    z_dim=256,
+    batch_size=512,
+    generator_loss="saturating",  # the paper's game is zero-sum
+    lr_g=1e-3,  # the paper's rates are 1e-4, for five times as many steps
+    lr_d=1e-3,
+    beta1=0.5,
+    steps=5_000,
+    ema=0.0,
 )
 UNROLLED_RING = Table(
     name="unrolled-ring",
     source="Metz et al., Unrolled generative adversarial networks, ICLR 2017, section 3.1",
     setup=(
         "Eight Gaussians on a ring, z in 256 dimensions, generator 128-128, discriminator 128; K critic updates are unrolled. "
+        "Both rates are 1e-3; the paper's are 1e-4, and the generator's in the authors' notebook 1e-3, for 25 000 steps. "
         "The paper shows pictures: without unrolling the samples hop from mode to mode, with 5 or 10 updates they cover the ring."
     ),
     metrics=("modes", "fewest_modes", "high_quality"),

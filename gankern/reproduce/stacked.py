@@ -13,7 +13,7 @@ from gankern import data
 from gankern.metrics.digits import load_digit_classifier
 from gankern.models import sample_latent
 from gankern.reproduce._training import train
-from gankern.reproduce.table import Claim, Result, Row, Table, Trial, rising
+from gankern.reproduce.table import Result, Row, Table, Trial, rising
 from gankern.training import TrainConfig, Trainer, pictures
 
 SAMPLES = 26_000
@@ -71,7 +71,9 @@ STACKED_MNIST_TINY = Table(
     source="Lin et al., PacGAN, NeurIPS 2018, table 3",
     setup=(
         f"Small DCGAN, the discriminator a quarter as wide as the generator; modes and KL of {SAMPLES} samples by a classifier on "
-        "each channel (99.5 % on MNIST's test digits). The widths are ours: 16 and 4 channels at half the image's side."
+        "each channel (99.5 % on MNIST's test digits). Ours are the widths, 16 and 4 channels at half the image's side, and the "
+        "DCGAN's settings; the authors' code has batches of 128 packs, z in 256 dimensions, rates of 1e-4 (generator) and 2e-4, "
+        "beta2 0.99, 500 000 steps and 50 trials."
     ),
     metrics=("modes", "kl"),
     rows=(
@@ -104,12 +106,7 @@ R3GAN = Table(
         Row("GAN + R1 + R2", dataclasses.replace(_R3GAN, loss="non-saturating"), {"modes": "693", "kl": "0.93"}),
     ),
     trial=trial,
-    claims=(
-        Claim(
-            "mean modes: GAN + R1 + R2 < RpGAN + R1 + R2",
-            lambda r: r["GAN + R1 + R2"].mean("modes") < r["RpGAN + R1 + R2"].mean("modes"),
-        ),
-    ),
+    claims=(rising("modes", "GAN + R1 + R2", "RpGAN + R1 + R2"),),
     draw=draw,
     seeds=1,
     full_seeds=3,

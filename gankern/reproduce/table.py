@@ -72,7 +72,7 @@ class Table:
         metrics: the columns.
         rows: with the settings of the short form; `steps` among them.
         seeds: of the short form; the full form takes `full_seeds`.
-        full_steps: of the full form, as published.
+        full_steps: of the full form; 0: those of the rows.
         trial: config -> one Trial; called in a process of its own.
         claims: what must hold.
         draw: (path, results) writes the figure.

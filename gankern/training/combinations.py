@@ -13,6 +13,26 @@ if TYPE_CHECKING:
 OP = "train"
 _MLPS = ("mlp", "cgan", "autoencoder")  # --g-norm is of their generators
 _NO_NORM = ("unrolled-toy", "wgan-gp-toy")
+_DCGANS = ("dcgan", "cdcgan", "acgan")
+_AUTOENCODERS = ("autoencoder", "conv-autoencoder")
+_CONVOLUTIONS = (*_DCGANS, "sngan", "resnet", "conv-autoencoder")
+# The architectures whose networks each of these shapes.
+_SHAPES = {
+    "conv_width": _CONVOLUTIONS,
+    "d_conv_width": ("dcgan",),
+    "upsample": (*_DCGANS, "conv-autoencoder"),
+    "downsample": (*_DCGANS, "conv-autoencoder"),
+    "code": _AUTOENCODERS,
+    "d_norm": (*_DCGANS, "resnet"),
+    "g_widths": (*_MLPS, "tabular"),
+    "g_norm": _MLPS,
+    "g_dropout": _MLPS,
+    "d_widths": (*_MLPS, "tabular"),
+    "d_dropout": ("mlp", "cgan", "tabular"),
+    "negative_slope": (*_MLPS, *_DCGANS, "conv-autoencoder", "tabular"),
+}
+_OF_ENCODER = (("g_widths", "negative_slope"), ("conv_width", "downsample", "negative_slope"))  # without and with convolutions
+_OF_CRITIC = ("d_conv_width", "downsample", "code", "d_norm", "d_widths", "d_dropout", "optimizer_d", "lr_d", "ttur")
 NO_CRITIC = {
     "penalty": "none",
     "n_critic": 1,
@@ -31,8 +51,10 @@ def check(c: TrainConfig) -> None:
         ValueError: there is one.
     """
     _ = c.objective  # loss and generator_loss
-    if c.g_norm == "batch" and c.batch_size == 1:
+    if c.batch_size == 1 and (c.arch == "tabular" or (c.g_norm == "batch" and c.arch in _MLPS)):
         _refuse("batch_size", "be >= 2 with BatchNorm", 1)
+    if c.batch_size == 1 and c.loss == "ebgan" and c.pulling_away_weight:
+        _refuse("batch_size", "be >= 2 with --pulling-away-weight, which compares samples", 1)
     if c.loss in ("wgan", "mmd-gan") and c.penalty == "none" and not c.spectral_norm and not c.clip_weights:
         _refuse("loss", "have a bounded critic: --penalty, --spectral-norm or --clip-weights", f"{c.loss} alone")
     if c.loss == "mmd":
@@ -66,6 +88,44 @@ def check(c: TrainConfig) -> None:
         _refuse("batch_size", f"be a multiple of pack ({c.pack})", c.batch_size)
 
 
+def idle(c: TrainConfig) -> dict[str, str]:
+    """The settings that change nothing beside the others, each with the reason, in words that follow "must be left out"."""
+    found = {
+        field: f"with --arch {c.arch}, whose networks do not have it" for field, archs in _SHAPES.items() if c.arch not in archs
+    }
+    optimizers = [c.optimizer_g, c.optimizer_d]
+    if c.loss == "mmd":
+        of_critic = _OF_CRITIC if c.arch in _MLPS else (*_OF_CRITIC, "negative_slope")
+        found |= dict.fromkeys(of_critic, "with --loss mmd, which has no critic")
+        optimizers.pop()
+    if c.reconstruction:
+        for field in _OF_ENCODER[c.arch in _CONVOLUTIONS]:
+            found.pop(field, None)
+    for fields, used, without in (
+        (("margin", "pulling_away_weight"), c.loss == "ebgan", "--loss ebgan"),
+        (("began_gamma", "began_lambda"), c.loss == "began", "--loss began"),
+        (("mmd_bandwidths",), c.loss in ("mmd", "mmd-gan"), "--loss mmd or mmd-gan"),
+        (("mmd_root",), c.loss == "mmd", "--loss mmd"),
+        (("mmd_reconstruction",), c.loss == "mmd-gan" and c.arch in _AUTOENCODERS, "--loss mmd-gan and an auto-encoder"),
+        (("class_weight",), c.arch == "acgan", "--arch acgan"),
+        (("penalty_weight",), c.penalty != "none", "--penalty"),
+        (("reconstruct",), c.reconstruction > 0, "--reconstruction"),
+        (("instance_noise_steps",), c.instance_noise > 0, "--instance-noise"),
+        (("sample_dropout",), c.g_dropout > 0, "--g-dropout"),
+        (("momentum",), "sgd" in optimizers, "an optimiser sgd"),
+        (("beta1", "beta2"), "adam" in optimizers, "an optimiser adam"),
+        (("ema_warmup",), c.ema > 0, "--ema"),
+    ):
+        if not used:
+            found |= dict.fromkeys(fields, f"without {without}")
+    for field, other in (("lr_d", "ttur"), ("label_smoothing", "real_label_range"), ("fake_label", "fake_label_range")):
+        if getattr(c, other):
+            found[field] = f"with --{other.replace('_', '-')}, which takes its place"
+    if c.objective in OBJECTIVES and OBJECTIVES[c.objective].fake is None and not c.label_noise:
+        found |= dict.fromkeys(("fake_label", "fake_label_range"), f"with --loss {c.loss}, whose pairs have one target")
+    return found
+
+
 def _check_techniques(c: TrainConfig) -> None:
     from gankern.training.networks import CONDITIONAL
 
@@ -75,6 +135,8 @@ def _check_techniques(c: TrainConfig) -> None:
         _refuse(field, f"be left out with --loss {c.loss}, whose critic gives no logits", getattr(c, field))
     if c.feature_matching and c.generator_loss == "matching":
         _refuse("feature_matching", "be 0 with --generator-loss matching, which is the same term alone", c.feature_matching)
+    if c.generator_loss == "matching" and c.arch == "acgan":
+        _refuse("generator_loss", "be another with --arch acgan, whose generator learns the classes too", c.generator_loss)
     for field in ("replay", "reconstruction"):
         if getattr(c, field) and c.arch in CONDITIONAL:
             _refuse(field, f"be 0 with --arch {c.arch}, whose fakes have classes", getattr(c, field))

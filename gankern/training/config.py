@@ -6,14 +6,20 @@ import dataclasses
 import math
 import typing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gankern import checks
 from gankern.losses.variants import variant
+from gankern.ops._objectives import OBJECTIVES
 from gankern.ops.pairwise import MOST_SIGMAS
 from gankern.training import combinations
 
 OP = "train"
+
+if TYPE_CHECKING:
+    Loss = str
+else:
+    Loss = Literal[(*OBJECTIVES, "ebgan", "began", "mmd", "mmd-gan")]
 
 # What a resumed run may set anew: none of these changes a weight, and steps only says where to stop.
 MAY_CHANGE = frozenset(
@@ -30,8 +36,9 @@ class TrainConfig:
     """
 
     data: str = "mnist"
-    """Training data: "mnist" (bundled), a folder of pictures, an IDX file, a .npz/.npy array of images, a .npz/.npy/.csv table of
-    numbers, or points in the plane: ring, grid, unrolled-ring, 8gaussians, 25gaussians, swissroll."""
+    """Training data: "mnist" (bundled), "stacked-mnist" (of three digits in colour), a folder of pictures, an IDX file, a .npz/.npy
+    array of images, a .npz/.npy/.csv table of numbers, or points in the plane: ring, grid, unrolled-ring, 8gaussians, 25gaussians,
+    swissroll."""
     outdir: str = "runs"
     """Folder under which the run gets a directory of its own."""
     steps: int = 12000
@@ -69,36 +76,7 @@ class TrainConfig:
     limit: int = 0
     """Use only the first so many samples of the data. 0: all."""
 
-    loss: Literal[
-        "non-saturating",
-        "minimax",
-        "maximum-likelihood",
-        "lsgan",
-        "hinge",
-        "fgan-kl",
-        "fgan-reverse-kl",
-        "fgan-pearson",
-        "fgan-hellinger",
-        "fgan-jensen-shannon",
-        "fgan-gan",
-        "fgan-kl-alternative",
-        "fgan-reverse-kl-alternative",
-        "fgan-pearson-alternative",
-        "fgan-hellinger-alternative",
-        "fgan-jensen-shannon-alternative",
-        "fgan-gan-alternative",
-        "wgan",
-        "relativistic",
-        "relativistic-lsgan",
-        "relativistic-hinge",
-        "relativistic-average",
-        "relativistic-average-lsgan",
-        "relativistic-average-hinge",
-        "ebgan",
-        "began",
-        "mmd",
-        "mmd-gan",
-    ] = "non-saturating"
+    loss: Loss = "non-saturating"
     """What critic and generator minimise; `gankern explain NAME` has the equations and the values to expect."""
     generator_loss: Literal["default", "saturating", "non-saturating", "max-likelihood", "matching"] = "default"
     """The generator's side, for the losses that have several: those of Goodfellow et al. and the f-divergences; or matching, of the
@@ -244,6 +222,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field, kind in typing.get_type_hints(type(self)).items():
             _check_type(field, getattr(self, field), kind)
+        if not self.data:
+            checks.fail(ValueError, OP, "data", "name a source", "nothing")
         for field in ("steps", "batch_size", "log_every", "z_dim", "n_critic", "conv_width", "code", "pack"):
             checks.number(OP, field, getattr(self, field), 1)
         for field in (
@@ -322,7 +302,7 @@ class TrainConfig:
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         try:
             return cls(**fields)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from error
 
     def differences(self, other: TrainConfig) -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gankern import checks
 from gankern.data import Batches
-from gankern.training.critics import Autograd, Auxiliary, OnePass
+from gankern.training.critics import Autograd, OnePass
 from gankern.training.networks import CONDITIONAL
 from gankern.training.trainer import Trainer
 
@@ -209,7 +209,7 @@ class Compile(Eager):
         try:
             trainer.forward = torch.compile(trainer.generator, dynamic=False, **options)
             critic = trainer.critic
-            if isinstance(critic, Auxiliary) or not isinstance(critic, (Autograd, OnePass)):
+            if type(critic) not in (Autograd, OnePass):
                 self.why = "the critic is not compiled: its objective is not one of logits alone"
             elif config.penalty == "none":
                 net: Any = torch.compile(trainer.discriminator, dynamic=False, **options)

@@ -77,7 +77,7 @@ def plot_losses(path: Path, rows: list[dict[str, float]], title: str, scores: Se
     for axes, key, label, colour in curves:
         values = [row[key] for row in rows]
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, _smooth(values, window), color=colour, linewidth=1.8, label=label)
+        axes.plot(steps, _smooth(values, window), ".-" if len(rows) == 1 else "-", color=colour, linewidth=1.8, label=label)
     if scores and scores[0] == "D(x)":
         bottom.axhline(0.5, color="0.6", linewidth=0.8, linestyle="--")
         bottom.set_ylim(0.0, 1.0)
@@ -108,7 +108,7 @@ def histograms(real: Tensor, fake: Tensor | None, columns: Sequence[str], title:
     across = min(shown, 3)
     down = math.ceil(shown / across)
     figure = canvas(240 * across, 150 * down + 60, "constrained")
-    figure.suptitle(title, fontsize=11, fontweight="bold")
+    figure.suptitle(title + f", {shown} of {len(columns)} columns" * (shown < len(columns)), fontsize=11, fontweight="bold")
     cells = list(figure.subplots(down, across, squeeze=False).flat)
     for axes in cells[shown:]:
         axes.set_axis_off()

@@ -25,7 +25,7 @@ ARROW, LOW, HIGH = "#51606b", "#ffffff", "#7fb7e6"
 
 
 class Surface(NamedTuple):
-    """A critic's scores of points, float32 [N], and their gradients, float32 [N, 2]; both on the CPU."""
+    """A critic's scores of points, float32 [N], and their gradients, float32 [N, 2] (zeros unless asked for); both on the CPU."""
 
     score: Tensor
     gradient: Tensor
@@ -64,7 +64,7 @@ class Plane:
             found = f"{coverage.found} of {len(coverage.shares)} modes, {coverage.high_quality:.0%} within 3 s.d."
         fields = None
         if critic is not None:
-            fine, coarse = (ask(critic, self.lattice(side), self.points) for side in (FINE, COARSE))
+            fine, coarse = (ask(critic, self.lattice(side), self.points, side == COARSE) for side in (FINE, COARSE))
             fields = None if fine is None or coarse is None else (fine, coarse)
         return self._draw(samples.detach().float().cpu(), f"step {step:,}".replace(",", " "), found, fields)
 
@@ -117,13 +117,13 @@ class Plane:
         words: Any = {"fontsize": 9, "verticalalignment": "center"}
         y0 = 14 / HEIGHT
         figure.text((LEFT + 2) / WIDTH, y0, "critic's score C(x)", **words)
-        figure.text((LEFT + 190) / WIDTH, y0, f"{low:.3g}", horizontalalignment="right", **words)
-        key = figure.add_axes(((LEFT + 198) / WIDTH, 9 / HEIGHT, 130 / WIDTH, 10 / HEIGHT))
+        figure.text((LEFT + 206) / WIDTH, y0, f"{low:.3g}", horizontalalignment="right", **words)
+        key = figure.add_axes(((LEFT + 214) / WIDTH, 9 / HEIGHT, 130 / WIDTH, 10 / HEIGHT))
         figure.colorbar(bands, cax=key, orientation="horizontal", ticks=[], extendrect=True).outline.set_edgecolor(ARROW)
-        figure.text((LEFT + 336) / WIDTH, y0, f"{high:.3g}", **words)
+        figure.text((LEFT + 352) / WIDTH, y0, f"{high:.3g}", **words)
 
 
-def ask(critic: nn.Module, points: Tensor, others: Tensor) -> Surface | None:
+def ask(critic: nn.Module, points: Tensor, others: Tensor, gradients: bool = True) -> Surface | None:
     """A critic's scores of points [N, 2] in evaluation mode, without touching its weights' gradients; the mode is put back.
 
     A critic of packs (with an attribute `pack`) scores each point among the same few of `others`, averaged over ROUNDS such packs.
@@ -140,7 +140,7 @@ def ask(critic: nn.Module, points: Tensor, others: Tensor) -> Surface | None:
     training = critic.training
     critic.eval()
     try:
-        with torch.enable_grad():
+        with torch.set_grad_enabled(gradients):
             x = points.to(device, copy=True).requires_grad_()
             packs = [torch.cat([x[:, None], c.to(device).expand(len(x), -1, 2)], 1).flatten(0, 1) for c in companions]
             scores = [_scores(critic, p) for p in packs]
@@ -151,7 +151,7 @@ def ask(critic: nn.Module, points: Tensor, others: Tensor) -> Surface | None:
             if (alone - scores[0][:first]).abs().max() > 1e-3 * scores[0].std(correction=0) + 1e-5 * alone.abs().max():
                 return None
             score = torch.stack(scores).mean(0)
-            (gradient,) = torch.autograd.grad(score.sum(), x)
+            (gradient,) = torch.autograd.grad(score.sum(), x) if gradients else (torch.zeros_like(x),)
     finally:
         critic.train(training)
     surface = Surface(score.detach().float().cpu(), gradient.float().cpu())

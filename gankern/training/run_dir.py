@@ -33,15 +33,7 @@ class RunDir:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            content = json.loads((path / CONFIG).read_text())
-        except OSError:
-            checks.fail(ValueError, OP, str(path), f"be a run directory with a {CONFIG}", "none there")
-        except ValueError as error:
-            checks.fail(ValueError, OP, str(path / CONFIG), "be JSON", str(error))
-        if not isinstance(content, dict) or not isinstance(content.get("preset"), str) or not _is_shape(content.get("shape")):
-            checks.fail(ValueError, OP, str(path / CONFIG), "name a preset and the shape of a sample", "neither or one of them")
+        self.path, content = path, _content(path)
         self.preset: str = content["preset"]
         self.shape: tuple[int, ...] = tuple(content["shape"])
         self.classes = content.get("classes", 0)  # of a conditional model
@@ -90,9 +82,10 @@ class RunDir:
         for _, path in sorted(_numbered(outdir), reverse=True):
             if not (path / CONFIG).is_file():
                 continue
-            run = cls(path)
-            if (run.preset, run.config.data) == (preset, data):
-                return run
+            content = _content(path)
+            settings = content.get("settings")
+            if not isinstance(settings, dict) or (content["preset"], settings.get("data")) == (preset, data):
+                return cls(path)
         return None
 
     # --- checkpoints
@@ -194,6 +187,19 @@ def _numbered(outdir: Path) -> list[tuple[int, Path]]:
     if not outdir.is_dir():
         return []
     return [(int(match[1]), p) for p in outdir.iterdir() if (match := _RUN.match(p.name)) and p.is_dir()]
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What config.json of the run at `path` holds."""
+    try:
+        content = json.loads((path / CONFIG).read_text())
+    except OSError:
+        checks.fail(ValueError, OP, str(path), f"be a run directory with a {CONFIG}", "none there")
+    except ValueError as error:
+        checks.fail(ValueError, OP, str(path / CONFIG), "be JSON", str(error))
+    if not isinstance(content, dict) or not isinstance(content.get("preset"), str) or not _is_shape(content.get("shape")):
+        checks.fail(ValueError, OP, str(path / CONFIG), "name a preset and the shape of a sample", "neither or one of them")
+    return content
 
 
 def _is_shape(value: object) -> bool:

@@ -160,14 +160,6 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(optimizer.parameters, self.config.clip_gradients)
         optimizer.update()
 
-    def fading(self, steps: int) -> float | Tensor:
-        """1 at the first step, 0 from step number `steps` on, linear between them; 1 for ever if `steps` is 0."""
-        if not steps:
-            return 1.0
-        if self.clock is not None:
-            return (1.0 - self.clock / steps).clamp_min(0.0)
-        return max(0.0, 1.0 - self.steps_done / steps)
-
     def noise(self, n: int) -> Tensor:
         return sample_latent(n, self.config.z_dim, self.config.latent, self.rng, self.device)
 

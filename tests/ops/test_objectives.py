@@ -146,6 +146,8 @@ def test_shapes(backend: str, objective: str, shapes: tuple[tuple[int, ...], tup
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_gradcheck(backend: str, objective: str) -> None:
+    if INTERPRETED and backend == "triton" and objective not in SOME:
+        pytest.skip("slow under the interpreter; test_matches_the_paper_to_third_order has these derivatives")
     inputs = [(t / 2).requires_grad_() for t in halves((3,), (3,))]
     for side in SIDES:
 
@@ -576,9 +578,9 @@ def test_autocast_leaves_it_in_float32(backend: str, objective: str) -> None:
     assert of_half.dtype == torch.float32
 
 
-@pytest.mark.parametrize("relative", [0, 1, 2])
-@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize(("term", "relative"), [(term, k % 3) for k, term in enumerate(TERMS)])
 def test_opcheck(term: str, relative: int) -> None:
+    """Schema, fake tensors and aliasing depend on neither: each term once, each pairing with some."""
     need("compiled")
     code, (a, b) = TERMS[term].code, halves((6,), (6,), dtype=torch.float32)
     for reduction in (0, 1):

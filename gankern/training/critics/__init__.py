@@ -17,6 +17,7 @@ from torch import nn
 
 from gankern import checks
 from gankern.losses import GANLoss
+from gankern.ops._objectives import OBJECTIVES
 from gankern.training.config import TrainConfig
 from gankern.training.critics import one_pass as _one_pass
 from gankern.training.critics._common import Critic, Loss, WithTerm, frozen, mixes
@@ -70,10 +71,12 @@ def choose(
     if not config.unroll:
         return critic
     assert optimizer is not None
-    inner = critic
+    inner, value = critic, None
     if isinstance(critic, OnePass):
         inner = Autograd(net, critic.loss, config.penalty, config.penalty_weight, rng)
-    return Unrolled(critic, inner, net, optimizer, config.unroll, config.clip_weights)
+    if type(inner) is Autograd and OBJECTIVES[config.objective].zero_sum:
+        value = Autograd(net, GANLoss(config.objective), "none", 0.0, rng, one_pass)
+    return Unrolled(critic, inner, net, optimizer, config.unroll, value, config.clip_weights)
 
 
 def _plain(net: nn.Module, config: TrainConfig, rng: torch.Generator, one_pass: bool | None) -> Critic:
@@ -83,6 +86,8 @@ def _plain(net: nn.Module, config: TrainConfig, rng: torch.Generator, one_pass: 
             checks.fail(ValueError, OP, "arch", "be unconditional with --loss mmd, which does not see classes", config.arch)
         return MMD(config)
     if config.loss == "mmd-gan":
+        if getattr(net, "classifies", False):
+            checks.fail(ValueError, OP, "arch", "give features with --loss mmd-gan, and no classes", config.arch)
         return MMDGAN(net, config, rng, one_pass)
     if config.loss in ("ebgan", "began"):
         if not reconstructs:

@@ -17,7 +17,13 @@ class Autograd(Critic):
     """By autograd, for any network. Real and fake go through it in one pass where that changes nothing."""
 
     def __init__(
-        self, net: nn.Module, loss: GANLoss, penalty: str, penalty_weight: float, rng: torch.Generator, one_pass: bool | None = None
+        self,
+        net: nn.Module,
+        loss: GANLoss | None,
+        penalty: str,
+        penalty_weight: float,
+        rng: torch.Generator,
+        one_pass: bool | None = None,
     ) -> None:
         self.net, self.loss, self.rng = net, loss, rng
         self.penalty: dict[str, Any] = PENALTIES[penalty] and {**PENALTIES[penalty], "weight": penalty_weight}
@@ -30,10 +36,14 @@ class Autograd(Critic):
             out = self.loss.discriminator_from(logits, logits.numel() * len(real) // (len(real) + len(fake)))
         else:
             out = self.loss.discriminator(self.net(real, *labels), self.net(fake, *labels))
+        return self.penalised(out, *self.judged(self.net, real, fake, *labels), *labels)
+
+    def judged(self, judge: Any, real: Tensor, fake: Tensor, *labels: Tensor) -> tuple[Any, Tensor, Tensor]:
+        """What takes which inputs, as the penalty sees it: `judge` the samples; of a critic of packs, its layers the packs."""
         net: Any = self.net
-        if self.penalty and not labels and hasattr(net, "inputs"):  # a critic of packs has an input gradient for each pack
-            net, real, fake = net.layers, net.inputs(real), net.inputs(fake)
-        return self.penalised(out, net, real, fake, *labels)
+        if self.penalty and not labels and hasattr(net, "inputs"):
+            return net.layers, net.inputs(real), net.inputs(fake)
+        return judge, real, fake
 
     def penalised(self, out: Loss, net: Callable[..., Tensor], real: Tensor, fake: Tensor, *labels: Tensor) -> Loss:
         """The loss and the penalty of the scores that `net` gives."""

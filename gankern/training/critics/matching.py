@@ -27,13 +27,14 @@ class Features:
             checks.fail(ValueError, "train", "feature_matching", "have a critic with a linear layer", type(net).__name__)
         self.net, self.last = net, next((m for m in net.modules() if isinstance(m, MINIBATCH)), linears[-1])
         self.parameters = [p for p in net.parameters() if p.requires_grad]
+        self.told = not getattr(net, "classifies", False)  # the labels
 
     def of(self, x: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor]:
         """(features [B, F], scores) of samples."""
         found: list[Tensor] = []
         handle = self.last.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
         try:
-            scores: Any = self.net(x, *labels)
+            scores: Any = self.net(x, *labels) if self.told else self.net(x)
         finally:
             handle.remove()
         return found[-1], scores[0] if isinstance(scores, tuple) else scores

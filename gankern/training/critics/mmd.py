@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from gankern.losses import mmd2
 from gankern.ops.pairwise import kernel_means
-from gankern.regularizers import gradient_penalty
 from gankern.training.config import TrainConfig
-from gankern.training.critics._common import PENALTIES, Computed, Critic, Loss, WithTerm, draw_eps, frozen, mixes
+from gankern.training.critics._common import Computed, Critic, Loss, WithTerm, frozen
+from gankern.training.critics.autograd import Autograd
 from gankern.training.critics.energy import error
 
 
@@ -36,14 +36,14 @@ class MMD(Critic):
         return Computed(*real.new_zeros(3, dtype=torch.float32).unbind())
 
     def generator(self, fake: Tensor, real: Tensor, *labels: Tensor) -> Loss:
-        value = mmd2(real.to(fake.dtype), fake, self.config.mmd_bandwidths)
+        value = mmd2(real, fake.to(real.dtype), self.config.mmd_bandwidths)
         if self.config.mmd_root:
             value = value.clamp_min(torch.finfo(value.dtype).eps).sqrt()  # the slope at 0 is infinite
         zero = torch.zeros_like(value)
         return Computed(value, zero, zero)
 
 
-class MMDGAN(Critic):
+class MMDGAN(Autograd):
     """Critic: -MMD² of the features of real and fake samples; generator: MMD².
 
     The features of a sample are what the critic gives for it: its logit, or the code of an auto-encoder. An auto-encoder's critic
@@ -64,10 +64,9 @@ class MMDGAN(Critic):
     """
 
     def __init__(self, net: nn.Module, config: TrainConfig, rng: torch.Generator, one_pass: bool | None = None) -> None:
-        self.net, self.config, self.rng = net, config, rng
+        super().__init__(net, None, config.penalty, config.penalty_weight, rng, one_pass)
+        self.config = config
         self.encode: Any = getattr(net, "encode", net)
-        self.parameters = [p for p in net.parameters() if p.requires_grad]
-        self.one_pass = not mixes(net) if one_pass is None else one_pass
 
     def features(self, real: Tensor, fake: Tensor, labels: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """[B, K] of both."""
@@ -84,20 +83,13 @@ class MMDGAN(Critic):
         if weight and hasattr(self.net, "decode"):
             for x, h in ((real, of_real), (fake, of_fake)):
                 out = WithTerm(out, weight * error(x, self.net.decode(h)).mean())  # type: ignore[operator]
-        if self.config.penalty == "none":
-            return out
+        judge, real, fake = self.judged(self.encode, real, fake, *labels)
 
         def witness(t: Tensor, *c: Tensor) -> Tensor:
-            at = rows(self.encode(t, *c))
+            at = rows(judge(t, *c))
             return self._similarity(at, of_real) - self._similarity(at, of_fake)
 
-        settings = PENALTIES[self.config.penalty]
-        eps = draw_eps(real, self.rng) if settings["sample"] == "line" else None
-        penalty = gradient_penalty(
-            witness, real, fake, cond=labels or None, eps=eps, generator=self.rng, attached=fake.requires_grad,
-            weight=self.config.penalty_weight, **settings,
-        )  # fmt: skip
-        return WithTerm(out, penalty)
+        return self.penalised(out, witness, real, fake, *labels)
 
     def _similarity(self, a: Tensor, b: Tensor) -> Tensor:
         """Mean k(a, b) over b, for each row of a."""
@@ -110,7 +102,8 @@ class MMDGAN(Critic):
 
 
 def rows(features: Tensor) -> Tensor:
-    """[B, K] of features [B] or [B, ...]."""
+    """[B, K] of features [B] or [B, ...]; 16-bit ones in float32."""
+    features = features.float() if features.dtype.itemsize == 2 else features
     return features.unsqueeze(1) if features.dim() == 1 else features.flatten(1)
 
 
@@ -118,4 +111,4 @@ def compared(real: Tensor, fake: Tensor, bandwidths: tuple[float, ...], sign: in
     """sign * MMD² of features, and the witness function's means over both halves."""
     xx, yy, xy = kernel_means(real, fake, bandwidths)
     values = sign * (xx + yy - 2 * xy), xx.detach() - xy.detach(), xy.detach() - yy.detach()
-    return Computed(*(v.to(torch.float32 if real.dtype.itemsize == 2 else real.dtype) for v in values))
+    return Computed(*(v.to(real.dtype) for v in values))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gankern.training.critics._common import Critic, Loss
+from gankern.training.critics._common import Computed, Critic, Loss
 from gankern.training.optimizers import InPlace
 
 
@@ -22,20 +22,35 @@ class Unrolled(Critic):
     vectors of spectral norm, which have no derivative here either) stay what they are. The targets are those of the critic's last
     update; the penalty's points are drawn for each of the K updates; dropout draws anew at each pass.
 
+    In a zero-sum game f is minus the critic's whole objective, without its penalty and with the labels 1 and 0: what the real
+    samples pay depends on theta_G here, through theta_D^K. Elsewhere, and where the critic tells classes too, f is the
+    generator's own loss.
+
     Args:
         critic: asked for the critic's own update.
         inner: the same objective by autograd; may be `critic` itself.
         net: of both.
         optimizer: of its parameters.
         steps: K >= 1.
+        value: of a zero-sum game: what gives its value as the critic's loss; None: the game is none.
         clip: limit of the weights after an update (`clip_weights`), 0: none.
 
     Source: Metz, Poole, Pfau, Sohl-Dickstein, "Unrolled generative adversarial networks", ICLR 2017, section 2 and the authors'
     notebook, where the K updates see the samples of the step too.
     """
 
-    def __init__(self, critic: Critic, inner: Critic, net: nn.Module, optimizer: InPlace, steps: int, clip: float = 0.0) -> None:
-        self.critic, self.inner, self.optimizer, self.steps, self.clip = critic, inner, optimizer, steps, clip
+    def __init__(
+        self,
+        critic: Critic,
+        inner: Critic,
+        net: nn.Module,
+        optimizer: InPlace,
+        steps: int,
+        value: Critic | None = None,
+        clip: float = 0.0,
+    ) -> None:
+        self.critic, self.inner, self.value = critic, inner, value
+        self.optimizer, self.steps, self.clip = optimizer, steps, clip
         self.loss, self.within = critic.loss, _Within(net)
         self.names = [name for name, p in self.within.named_parameters() if p.requires_grad]
 
@@ -59,7 +74,10 @@ class Unrolled(Critic):
             parameters, slots = optimizer.ahead(parameters, gradients, slots, optimizer.count + step)
             if self.clip:
                 parameters = [p.clamp(-self.clip, self.clip) for p in parameters]
-        return ask(self.inner.generator, fake, real)
+        if self.value is None:
+            return ask(self.inner.generator, fake, real)
+        out = ask(self.value.discriminator, real, fake)
+        return Computed(-out.loss, out.d_real, out.d_fake)
 
 
 class _Within(nn.Module):

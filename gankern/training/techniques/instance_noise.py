@@ -17,4 +17,8 @@ class InstanceNoise(Technique):
 
     def seen(self, samples: Tensor) -> Tensor:
         noise = torch.randn(samples.shape, device=samples.device, dtype=samples.dtype, generator=self.rng)
-        return samples + self.config.instance_noise * self.trainer.fading(self.config.instance_noise_steps) * noise
+        trainer, steps = self.trainer, self.config.instance_noise_steps
+        if steps:
+            share = trainer.steps_done / steps if trainer.clock is None else trainer.clock / steps
+            noise *= max(0.0, 1.0 - share) if isinstance(share, float) else (1.0 - share).clamp_min(0.0)
+        return samples + self.config.instance_noise * noise

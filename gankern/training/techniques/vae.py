@@ -23,7 +23,8 @@ class VAE(Technique):
 
     Both are sums over a sample's or a latent vector's entries. `reconstruct`: "features" has f(x) and f(G(z)) in place of x and
     G(z), f what the last linear layer of the critic takes. The encoder is trained by the same term, in the generator's step, by an
-    optimiser like the generator's. Fakes of the critic stay those of drawn z; reconstructions are none of them.
+    optimiser like the generator's; clipping, historical averaging and the logged norms leave it out. Fakes of the critic stay those
+    of drawn z; reconstructions are none of them.
 
     Source: Larsen, Sønderby, Larochelle, Winther, "Autoencoding beyond pixels using a learned similarity metric", ICML 2016,
     section 3. With reconstruction = 1/2 and kl = 1 the term is minus the evidence's lower bound at unit variance.
