@@ -74,7 +74,8 @@ def judged(path: Path) -> dict[str, Any]:
     source = "ema" if run.config.ema else "generator"
     state = checkpoint.load(saved, (f"{source}.",))
     generator, _ = PRESETS[run.preset].build(run.config, run.shape, run.classes)
-    generator.load_state_dict({key.removeprefix(f"{source}."): value for key, value in state.items()})
+    mine = {key: value for key, value in state.items() if key.startswith(f"{source}.")}  # not the step, nor where the data stood
+    generator.load_state_dict({key.removeprefix(f"{source}."): value for key, value in mine.items()})
     z = sample_latent(SAMPLES, run.config.z_dim, run.config.latent, torch.Generator().manual_seed(1))
     asked = torch.arange(SAMPLES) % run.classes if run.config.arch in CONDITIONAL else None
     samples = generate(generator, z, *([] if asked is None else [asked]))

@@ -134,7 +134,7 @@ _UNROLLED = TrainConfig(
     lr_g=1e-3,  # the paper's rates are 1e-4, for five times as many steps
     lr_d=1e-3,
     beta1=0.5,
-    steps=5_000,
+    steps=3_000,
     ema=0.0,
 )
 UNROLLED_RING = Table(
