@@ -63,7 +63,7 @@ format: $(STAMPS)/dev
 bench: build $(STAMPS)/dev
 	$(BIN)/python -m pytest bench $(ARGS)
 
-# The published tables that fit into an hour of two CPU cores; `gankern reproduce` lists them all.
+# Four of the published tables; `gankern reproduce` lists them all.
 reproduce: build
 	$(BIN)/gankern reproduce fgan pacgan1-ring unrolled-ring wgan-gp-toys --out docs/reproduce $(ARGS)
 
