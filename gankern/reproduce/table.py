@@ -155,7 +155,7 @@ def write(table: Table, results: dict[str, Result], out: Path, full: bool, secon
         "seconds": round(seconds, 1),
         "workers": workers,
         "machine": {
-            "system": platform.platform(),
+            "system": platform.system(),
             "processor": platform.processor() or platform.machine(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         },
