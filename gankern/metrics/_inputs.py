@@ -11,11 +11,7 @@ def points(op: str, least: int = 2, **sets: Tensor) -> None:
     """Sets of finite points [N, D] of one D on one device, each of at least so many."""
     first = next(iter(sets.values()))
     for name, values in sets.items():
-        checks.tensor(op, name, values)
-        checks.floating(op, name, values)
-        checks.dims(op, name, values, 2)
-        if len(values) < least:
-            checks.fail(ValueError, op, name, f"hold at least {least} sample{'s' * (least != 1)}", len(values))
+        _enough(op, name, values, 2, least, "sample")
         if values.shape[1] == 0:
             checks.fail(ValueError, op, name, "have at least one feature", "none")
         checks.shape(op, name, values, (len(values), first.shape[1]))
@@ -45,16 +41,20 @@ def images(op: str, least: int, side: int, **sets: Tensor) -> None:
     """Finite images [N, C, H, W] of one size on one device, each side at least so many pixels."""
     first = next(iter(sets.values()))
     for name, values in sets.items():
-        checks.tensor(op, name, values)
-        checks.floating(op, name, values)
-        checks.dims(op, name, values, 4)
-        if len(values) < least:
-            checks.fail(ValueError, op, name, f"hold at least {least} image{'s' * (least != 1)}", len(values))
+        _enough(op, name, values, 4, least, "image")
         if min(values.shape[2:]) < side or values.shape[1] == 0:
             checks.fail(ValueError, op, name, f"have a channel and {side} pixels a side", f"shape {list(values.shape)}")
         checks.shape(op, name, values, first.shape)
         checks.same_device(op, name, values, first.device)
         _finite(op, name, values)
+
+
+def _enough(op: str, name: str, values: Tensor, dims: int, least: int, what: str) -> None:
+    checks.tensor(op, name, values)
+    checks.floating(op, name, values)
+    checks.dims(op, name, values, dims)
+    if len(values) < least:
+        checks.fail(ValueError, op, name, f"hold at least {least} {what}{'s' * (least != 1)}", len(values))
 
 
 def _finite(op: str, name: str, values: Tensor) -> None:

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import _engine_run_backward
 
+from gankern.ops._outcome import Outcome
+
 OP = "mlp_critic"
 
 
-class MLPCriticLoss:
+class MLPCriticLoss(Outcome):
     """What `mlp_critic` returns: the loss with its parts and statistics, detached, and the gradient of every parameter (of the
     fake samples, from `mlp_critic_generator`).
 
@@ -21,7 +23,7 @@ class MLPCriticLoss:
     gradient; a derivative of a higher order raises RuntimeError.
     """
 
-    __slots__ = ("_loss", "_parameters", "_versions", "adversarial", "grads", "norms", "penalty", "stats")
+    __slots__ = ("_parameters", "_versions", "adversarial", "grads", "norms", "penalty")
 
     def __init__(
         self, outputs: Sequence[Tensor], parameters: Sequence[Tensor | None], wanted: Sequence[bool], pending: bool
@@ -52,26 +54,6 @@ class MLPCriticLoss:
             with torch.enable_grad():
                 self._loss = _Known.apply(self._loss, len(pairs), *(g for _, g in pairs), *(p for p, _ in pairs))
         return self._loss
-
-    @property
-    def value(self) -> Tensor:
-        """The loss, detached."""
-        return self._loss.detach()
-
-    @property
-    def d_real(self) -> Tensor:
-        """Mean sigmoid of the real logits; NaN without real samples."""
-        return self.stats[..., 0]
-
-    @property
-    def d_fake(self) -> Tensor:
-        """Mean sigmoid of the fake logits; NaN in a penalty alone."""
-        return self.stats[..., 1]
-
-    @property
-    def accuracy(self) -> Tensor:
-        """Share of logits that the critic calls right; NaN in a penalty alone."""
-        return self.stats[..., 2]
 
     def backward(self) -> None:
         """Add the gradients to the parameters' `.grad`, or send them on into the graph behind them, as `loss.backward()` does.

@@ -33,18 +33,19 @@ from torch.autograd.graph import _engine_run_backward
 from gankern import backend, checks
 from gankern.ops._function import apply
 from gankern.ops._objectives import NOTHING, OBJECTIVES, REDUCTIONS, RELATIVE, SIDES, TERMS, Label, Part, Spec
+from gankern.ops._outcome import Outcome
 
 OP = "gan_loss"
 
 
-class GanLoss:
+class GanLoss(Outcome):
     """What `gan_loss` returns: a loss, and detached statistics of the same pass.
 
     `out.loss.backward()` and `out.backward()` do the same. The second needs no graph node for the loss, because the forward pass
     has already computed the gradient: half the time of two BCEWithLogitsLoss with their backward, where the first saves little.
     """
 
-    __slots__ = ("_loss", "_pending", "stats")
+    __slots__ = ("_pending",)
 
     def __init__(self, loss: Tensor, stats: Tensor, pending: _Pending | None = None) -> None:
         self._loss, self.stats, self._pending = loss, stats, pending
@@ -55,26 +56,6 @@ class GanLoss:
         if self._pending is not None:
             self._loss, self._pending = self._pending.attach(self._loss), None
         return self._loss
-
-    @property
-    def value(self) -> Tensor:
-        """The loss, detached."""
-        return self._loss.detach()
-
-    @property
-    def d_real(self) -> Tensor:
-        """Mean sigmoid of the real logits, D(x); NaN without a real half."""
-        return self.stats[..., 0]
-
-    @property
-    def d_fake(self) -> Tensor:
-        """Mean sigmoid of the fake logits, D(G(z)); NaN without a fake half."""
-        return self.stats[..., 1]
-
-    @property
-    def accuracy(self) -> Tensor:
-        """Share of logits that the critic calls right: real ones > 0, fake ones <= 0."""
-        return self.stats[..., 2]
 
     def backward(self) -> None:
         """`loss.backward()`, straight from the gradient that the forward pass computed.

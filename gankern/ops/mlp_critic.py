@@ -34,7 +34,6 @@ It makes the first layer of x̂ = eps real + (1 - eps) fake from that of real an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -46,6 +45,7 @@ from torch.autograd import Function, forward_ad
 
 from gankern import backend, checks
 from gankern.ops import linear_lrelu as layer
+from gankern.ops._critic_checks import check_layers, check_penalty, check_rows
 from gankern.ops._critic_loss import OP, MLPCriticLoss, Scaled
 from gankern.ops._layout import accumulate
 from gankern.ops._objectives import NOTHING, OBJECTIVES, Label, Spec
@@ -54,7 +54,6 @@ from gankern.ops._philox import draw_seed
 from gankern.ops.gan_loss import gan_loss, settle
 
 SAMPLES = ("line", "real", "fake", "both")
-SIDED = ("one", "two")
 Numbers = float | Sequence[float]
 _NO_LOSS = (*Spec(NOTHING, NOTHING, 1).arguments(None, None)[:-1], 0)
 
@@ -117,13 +116,13 @@ def mlp_critic(
         TypeError: a dtype that is not supported or differs.
         RuntimeError: a backend was forced that cannot run here; a derivative that is not a parameter gradient was asked for.
     """
-    autocast = _check_layers(OP, "real", real, weights, biases, slopes, dropout)
-    _check_penalty(OP, penalty_weight, target, sided)
-    _check_rows(OP, "fake", fake, "real", real)
+    autocast = check_layers(OP, "real", real, weights, biases, slopes, dropout)
+    check_penalty(OP, penalty_weight, target, sided)
+    check_rows(OP, "fake", fake, "real", real)
     checks.one_of(OP, "sample", sample, SAMPLES)
     checks.one_of(OP, "objective", objective, OBJECTIVES)
     if x_hat is not None:
-        _check_rows(OP, "x_hat", x_hat, "real", real)
+        check_rows(OP, "x_hat", x_hat, "real", real)
         sample = "given"
     elif sample == "line" and penalty_weight:
         if len(fake) != len(real):
@@ -189,10 +188,10 @@ def mlp_critic_generator(
     Source: Goodfellow et al., "Generative adversarial nets", NeurIPS 2014, algorithm 1.
     """
     op = "mlp_critic_generator"
-    autocast = _check_layers(op, "fake", fake, weights, biases, slopes, dropout)
+    autocast = check_layers(op, "fake", fake, weights, biases, slopes, dropout)
     checks.one_of(op, "objective", objective, OBJECTIVES)
     if real is not None:
-        _check_rows(op, "real", real, "fake", fake)
+        check_rows(op, "real", real, "fake", fake)
     elif OBJECTIVES[objective].relative != "no":
         checks.fail(ValueError, op, "real", "be given for a relativistic objective", None)
     job, seeds = _job(op, fake, weights, biases, slopes, dropout if training else 0.0, generator)
@@ -220,8 +219,8 @@ def mlp_critic_penalty(
     Arguments, results and errors as there; `loss` is the penalty, `adversarial` 0. The biases have no gradient: it is 0 everywhere.
     """
     op = "mlp_critic_penalty"
-    autocast = _check_layers(op, "x_hat", x_hat, weights, biases, slopes, dropout)
-    _check_penalty(op, weight, target, sided)
+    autocast = check_layers(op, "x_hat", x_hat, weights, biases, slopes, dropout)
+    check_penalty(op, weight, target, sided)
     job, seeds = _job(op, x_hat, weights, [None] * len(weights), slopes, dropout if training else 0.0, generator)
     job = job._replace(weight=float(weight), target=float(target), one_sided=sided == "one", sample="given")
     return _call(op, job, (None, None, x_hat, None, None, None), seeds, list(weights), list(biases), autocast)
@@ -485,78 +484,7 @@ _library.impl("mlp_critic_step", _step, "CompositeExplicitAutograd")
 torch.library.register_fake("gankern::mlp_critic_step", _step_fake)
 
 
-# --- checks ----------------------------------------------------------------------------------------------------------------------
-
-
-def _check_layers(op: str, argument: str, x: Any, weights: Any, biases: Any, slopes: Any, dropout: Any) -> torch.dtype | None:
-    """Refuse bad layers and samples; returns the dtype that autocast asks for, or None."""
-    checks.tensor(op, argument, x)
-    checks.floating(op, argument, x)
-    if x.dim() < 2:
-        checks.fail(ValueError, op, argument, "have shape [B, *]", f"shape {list(x.shape)}")
-    for name, value in (("weights", weights), ("biases", biases)):
-        if not isinstance(value, (list, tuple)):
-            checks.fail(TypeError, op, name, "be a list or tuple", type(value).__name__)
-    if not weights:
-        checks.fail(ValueError, op, "weights", "hold at least one matrix", "none")
-    if len(biases) != len(weights):
-        checks.fail(ValueError, op, "biases", f"hold {len(weights)} vectors or None, as many as weights", len(biases))
-    kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-    inputs = math.prod(x.shape[1:])
-    dtype, device = None if autocast else x.dtype, x.device
-    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
-        if _fits(w, dtype, device) and (b is None or _fits(b, dtype, device)):  # at a glance: a third of the time
-            size = w.shape
-            if len(size) == 2 and size[1] == inputs and (b is None or b.shape == size[:1]):
-                inputs = size[0]
-                continue
-        checks.tensor(op, f"weights[{i}]", w)
-        checks.dims(op, f"weights[{i}]", w, 2)
-        if w.shape[1] != inputs:
-            checks.fail(ValueError, op, f"weights[{i}]", f"have {inputs} columns", f"shape {list(w.shape)}")
-        inputs = w.shape[0]
-        for name, value in ((f"weights[{i}]", w), (f"biases[{i}]", b)):
-            if value is not None:
-                checks.tensor(op, name, value)
-                checks.same_device(op, name, value, x.device)
-                checks.floating(op, name, value)
-                if not autocast:
-                    checks.same_dtype(op, name, value, x.dtype)
-        if b is not None:
-            checks.shape(op, f"biases[{i}]", b, (inputs,))
-    if inputs != 1:
-        checks.fail(
-            ValueError, op, f"weights[{len(weights) - 1}]", "have one row: the critic's score", f"shape {list(weights[-1].shape)}"
-        )
-    for name, value, high in (("slopes", slopes, math.inf), ("dropout", dropout, 1.0)):
-        values = [value] if isinstance(value, (int, float)) else value
-        if not isinstance(values, (list, tuple)):
-            checks.fail(TypeError, op, name, "be a number, or one for each hidden layer", type(value).__name__)
-        if values is value and len(values) != len(weights) - 1:
-            checks.fail(ValueError, op, name, f"hold {len(weights) - 1} numbers, one for each hidden layer", len(values))
-        for v in values:
-            checks.number(op, name, v, 0.0, high)
-    return torch.get_autocast_dtype(kind) if autocast else None
-
-
-def _fits(t: Any, dtype: torch.dtype | None, device: torch.device) -> bool:
-    return isinstance(t, Tensor) and t.dtype == dtype and t.device == device
-
-
-def _check_penalty(op: str, weight: Any, target: Any, sided: Any) -> None:
-    checks.number(op, "penalty_weight" if op == OP else "weight", weight, 0.0)
-    checks.number(op, "target", target, 0.0)
-    checks.one_of(op, "sided", sided, SIDED)
-
-
-def _check_rows(op: str, argument: str, value: Any, other: str, like: Tensor) -> None:
-    checks.tensor(op, argument, value)
-    checks.same_dtype(op, argument, value, like.dtype)
-    checks.same_device(op, argument, value, like.device)
-    if value.dim() < 2 or math.prod(value.shape[1:]) != math.prod(like.shape[1:]):
-        wanted = f"have {math.prod(like.shape[1:])} elements a sample, as {other}"
-        checks.fail(ValueError, op, argument, wanted, f"shape {list(value.shape)}")
+# --- fake kernels ---------------------------------------------------------------------------------------------------------------
 
 
 if not backend.CPU_PROBLEM:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -41,7 +42,7 @@ class Loss(Protocol):
     def backward(self) -> None: ...
 
 
-class Critic:
+class Critic(ABC):
     """A way to ask the critic; the module's docstring in `__init__.py` says what the two methods are.
 
     learns: whether the objective trains the critic; False: no update of it is made at all.
@@ -51,11 +52,11 @@ class Critic:
     learns = True
     loss: Any = None
 
-    def discriminator(self, real: Tensor, fake: Tensor, *labels: Tensor) -> Loss:
-        raise NotImplementedError
+    @abstractmethod
+    def discriminator(self, real: Tensor, fake: Tensor, *labels: Tensor) -> Loss: ...
 
-    def generator(self, fake: Tensor, real: Tensor, *labels: Tensor) -> Loss:
-        raise NotImplementedError
+    @abstractmethod
+    def generator(self, fake: Tensor, real: Tensor, *labels: Tensor) -> Loss: ...
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs besides the network, the tensors themselves: they are changed and loaded in place."""

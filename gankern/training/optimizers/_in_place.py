@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ Slots = dict[str, list[Tensor]]
 Ahead = tuple[list[Tensor], Slots]
 
 
-class InPlace(torch.optim.Optimizer):
+class InPlace(torch.optim.Optimizer, ABC):
     """An optimiser of torch.optim whose state exists from the start and stays where it is, updated by a few native calls.
 
     A subclass names its state (`names`, and `counted` if it counts steps) and its further settings (`rule`), and gives the update
@@ -47,13 +48,13 @@ class InPlace(torch.optim.Optimizer):
             if self.counted or self.names:
                 self.state[p] = ({"step": self.count} if self.counted else {}) | {n: v[i] for n, v in self.slots.items()}
 
+    @abstractmethod
     def apply(self, parameters: list[Tensor], gradients: list[Any], slots: Sequence[list[Tensor]]) -> None:
         """One step, in place, of the parameters given."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ahead(self, parameters: list[Tensor], gradients: Sequence[Tensor], slots: Slots, count: Tensor) -> Ahead:
         """The parameters and the state after step number `count`, as differentiable functions; nothing is changed."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def update(self) -> None:
