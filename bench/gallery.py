@@ -18,22 +18,20 @@ from typing import Any
 import torch
 
 from gankern.metrics.digits import judge_digits, load_digit_classifier
-from gankern.models import sample_latent
-from gankern.training import PRESETS, checkpoint, run_dir
-from gankern.training.networks import CONDITIONAL
-from gankern.training.trainer import generate
+from gankern.training import PRESETS
+from gankern.training.trained import Trained
 
 OUT = Path(__file__).parent.parent / "docs" / "gallery"
 SAMPLES = 2000
 STEPS = {
-    "dcgan": 1500,
+    "dcgan": 1000,
     "cgan": 12000,
     "wgan-gp": 6000,
     "sngan": 1500,
-    "lsgan": 1500,
-    "hinge": 1500,
-    "rsgan": 1500,
-    "swissroll": 4000,
+    "lsgan": 1000,
+    "hinge": 1000,
+    "rsgan": 1000,
+    "swissroll": 3000,
     "ring": 8000,
     "unrolled": 4000,
 }
@@ -69,21 +67,14 @@ def entry(name: str, runs: Path) -> dict[str, Any]:
 
 
 def judged(path: Path) -> dict[str, Any]:
-    run, saved = run_dir.locate(path)
-    assert saved is not None
-    source = "ema" if run.config.ema else "generator"
-    state = checkpoint.load(saved, (f"{source}.",))
-    generator, _ = PRESETS[run.preset].build(run.config, run.shape, run.classes)
-    mine = {key: value for key, value in state.items() if key.startswith(f"{source}.")}  # not the step, nor where the data stood
-    generator.load_state_dict({key.removeprefix(f"{source}."): value for key, value in mine.items()})
-    z = sample_latent(SAMPLES, run.config.z_dim, run.config.latent, torch.Generator().manual_seed(1))
-    asked = torch.arange(SAMPLES) % run.classes if run.config.arch in CONDITIONAL else None
-    samples = generate(generator, z, *([] if asked is None else [asked]))
+    trained = Trained(path)
+    samples = trained.sample(SAMPLES, seed=1)
     if samples.shape[-1] != 28:
         samples = torch.nn.functional.interpolate(samples, (28, 28), mode="bilinear", antialias=True)
     verdict = judge_digits(samples)
     numbers = {"confidence": round(verdict.confidence, 3), "rarest_class": round(verdict.shares.min().item(), 4)}
-    if asked is not None:
+    if trained.run.classes:
+        asked = torch.arange(SAMPLES) % trained.run.classes
         with torch.no_grad():
             net = load_digit_classifier()
             right = torch.cat([net(part).argmax(1) for part in samples.split(500)]) == asked

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from torch import Tensor, nn
 
-from gankern.cli import train
+from gankern.cli import fit
 from gankern.cli.main import main, train_main
 from gankern.data import load
 from gankern.data.toys import COUNT
@@ -65,9 +65,9 @@ def test_run_on_points_writes_pictures_film_and_modes(run: Path) -> None:
 
 
 def test_the_generator_of_points_is_unbounded(run: Path) -> None:
-    generator, _ = train.PRESETS["gan"].build(RunDir(run).config, (2,))
+    generator, _ = fit.PRESETS["gan"].build(RunDir(run).config, (2,))
     assert not any(isinstance(m, nn.Tanh) for m in generator.modules())
-    generator, _ = train.PRESETS["gan"].build(RunDir(run).config, (1, 6, 6))
+    generator, _ = fit.PRESETS["gan"].build(RunDir(run).config, (1, 6, 6))
     assert any(isinstance(m, nn.Tanh) for m in generator.modules())
 
 
@@ -89,16 +89,16 @@ def test_resumed_film_and_modes_are_those_of_an_uninterrupted_run(run: Path, tmp
 
 
 def test_a_stopped_run_has_its_film(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = train.Trainer.step
+    step = fit.Trainer.step
 
-    def stop_after_three(self: train.Trainer, *batch: Tensor) -> dict[str, Tensor]:
+    def stop_after_three(self: fit.Trainer, *batch: Tensor) -> dict[str, Tensor]:
         out = step(self, *batch)
         if self.steps_done == 3:
-            train.signal.raise_signal(train.signal.SIGINT)
+            fit.signal.raise_signal(fit.signal.SIGINT)
         return out
 
-    monkeypatch.setattr(train.Trainer, "step", stop_after_three)
-    assert go("gan", "grid", tmp_path, "--steps", "7") == 128 + train.signal.SIGINT
+    monkeypatch.setattr(fit.Trainer, "step", stop_after_three)
+    assert go("gan", "grid", tmp_path, "--steps", "7") == 128 + fit.signal.SIGINT
     assert film_length(tmp_path / "00000-gan-grid-b50") == 2
 
 

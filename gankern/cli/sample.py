@@ -11,9 +11,8 @@ import torch
 from gankern.cli.common import Parser, Refused, need, pick_device, refusing
 from gankern.cli.train import load_data
 from gankern.data import Table
-from gankern.models import sample_latent
-from gankern.training import PRESETS, checkpoint, pictures, run_dir
-from gankern.training.trainer import generate
+from gankern.training import pictures
+from gankern.training.trained import Trained
 from gankern.training.views import coverage_of, view_of
 
 
@@ -44,34 +43,21 @@ def command(arguments: list[str]) -> int:
         if not 0 <= options.seed < 2**62:
             raise Refused(f"--seed must be in [0, 2^62), got {options.seed}")
         device = pick_device(options.device)
-        run, saved = run_dir.locate(Path(options.run))
+        trained = Trained(Path(options.run), options.weights)
+        run = trained.run
         images = len(run.shape) == 3
         if images and kind not in (".png", ".npz", "") and not out.is_dir():
             raise Refused(f"--out must end in .png or .npz or be a folder, got {options.out!r}")
         if not images and kind not in (".png", ".npz", ".csv"):
             raise Refused(f"--out must end in .png, .npz or .csv for samples that are no images, got {options.out!r}")
-        if saved is None:
-            raise Refused(f"{run.path} must have a checkpoint, got none")
-        if run.preset not in PRESETS:
-            raise Refused(f"{run.path} must be of a known preset ({', '.join(PRESETS)}), got {run.preset!r}")
         if options.label is not None and not run.classes:
             raise Refused(f"--class must be left out: the model of preset {run.preset} has no classes, got {options.label}")
         if options.label is not None and not 0 <= options.label < run.classes:
             raise Refused(f"--class must be in [0, {run.classes - 1}], got {options.label}")
-        if options.weights == "ema" and run.config.ema == 0.0:
-            raise Refused(f"--weights must be auto or last: {run.path} was trained without EMA, got 'ema'")
-        source = "ema" if options.weights != "last" and run.config.ema > 0.0 else "generator"
-        state = checkpoint.load(saved, (f"{source}.",))
-        generator, _ = PRESETS[run.preset].build(run.config, run.shape, run.classes)
-        generator.load_state_dict({key.removeprefix(f"{source}."): v for key, v in state.items() if key.startswith(f"{source}.")})
-        z = sample_latent(options.n, run.config.z_dim, run.config.latent, torch.Generator().manual_seed(options.seed))
-        labels, columns = [], None
-        if run.classes:
-            columns = min(run.classes, options.n) if options.label is None else None
-            labels = [torch.arange(options.n) % run.classes if options.label is None else torch.full((options.n,), options.label)]
-        torch.manual_seed(options.seed)  # of the dropout, where it stays
-        samples = generate(generator.to(device), *(t.to(device) for t in (z, *labels)), dropout=run.config.sample_dropout)
-        samples = samples.float().cpu()
+        columns = min(run.classes, options.n) if run.classes and options.label is None else None
+        labels = None if options.label is None else torch.full((options.n,), options.label)
+        trained.generator.to(device)
+        samples = trained.sample(options.n, options.seed, labels)
         table = run.table or Table.plain(run.shape[0])
         if images and (out.is_dir() or kind == ""):
             out.mkdir(parents=True, exist_ok=True)
@@ -92,7 +78,7 @@ def command(arguments: list[str]) -> int:
             else:
                 need("matplotlib")
                 dataset = load_data(run.config)
-                picture = view_of(dataset).fakes(samples, run_dir.step_of(saved), coverage=coverage_of(dataset, samples))
+                picture = view_of(dataset).fakes(samples, trained.step, coverage=coverage_of(dataset, samples))
                 pictures.save_png(out, picture)
-    print(f"{options.n} samples of {run.path} after step {run_dir.step_of(saved)} ({source} weights) in {out}")
+    print(f"{options.n} samples of {run.path} after step {trained.step} ({trained.source} weights) in {out}")
     return 0

@@ -8,31 +8,21 @@ import io
 import itertools
 import platform
 import re
-import shlex
-import signal
-import sys
-import threading
-import time
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 import gankern
 from gankern import data
 from gankern.cli.common import Parser, Refused, need, pick_device, refusing
 from gankern.cli.explain import Reader
+from gankern.cli.fit import Ready, fit
 from gankern.cli.help import settings, shown
-from gankern.cli.progress import Progress
-from gankern.models import sample_latent
-from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, pictures, precision, run_dir
+from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, precision, run_dir
 from gankern.training.combinations import idle
-from gankern.training.graph import Eager, Pending, make
+from gankern.training.graph import make
 from gankern.training.networks import CONDITIONAL
-from gankern.training.run_dir import MODES, RunDir
-from gankern.training.views import coverage_of, view_of
+from gankern.training.run_dir import RunDir
 
 
 def command(arguments: list[str]) -> int:
@@ -98,32 +88,6 @@ def unframed(complaint: str) -> str:
 
 def is_rule(line: str) -> bool:
     return not line.strip("─-╭╮╰╯")
-
-
-def flags(preset: str, config: TrainConfig) -> list[str]:
-    """The flags that give `config`, for those fields in which it differs from the preset."""
-    words = []
-    for name, value in dataclasses.asdict(config).items():
-        if value != getattr(PRESETS[preset].config, name):
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-            else:
-                words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return words
-
-
-class Ready(NamedTuple):
-    """All that `fit` needs; `seconds` is the training time before a resume."""
-
-    config: TrainConfig
-    trainer: Trainer
-    batches: data.Batches
-    dataset: data.Dataset
-    classes: int
-    run: RunDir
-    seconds: float
-    engine: Eager
 
 
 def prepare(preset: str, config: TrainConfig) -> Ready | None:
@@ -224,186 +188,6 @@ def restore(trainer: Trainer, batches: data.Batches, saved: Path) -> float:
     batches.load_state_dict(position)
     trainer.load_state_dict(state)
     return float(seconds)
-
-
-class Stop:
-    """Notes the first SIGINT or SIGTERM, so that the loop ends after its step; the second one acts as usual."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.signal = number
-        self.__exit__()
-
-
-def fit(preset: str, ready: Ready) -> int:
-    """The loop: steps, log, pictures, checkpoints. Returns the exit status."""
-    config, trainer, run, engine = ready.config, ready.trainer, ready.run, ready.engine
-    reporter = Reporter(ready)
-    with Stop() as stop, reporter:
-        if trainer.steps_done == 0:
-            reporter.begin()
-        while trainer.steps_done < config.steps and not stop.signal and not reporter.bad:
-            done = trainer.steps_done
-            events = [config.steps, *(next_multiple(done, every) for every in periods(config))]
-            engine.step(most=min(events) - done)
-            step, last = trainer.steps_done, trainer.steps_done == config.steps
-            if last or step % config.log_every == 0:
-                reporter.log()
-            saving = last or bool(config.checkpoint_every and step % config.checkpoint_every == 0)
-            drawing = last or bool(config.sample_every and step % config.sample_every == 0)
-            if (saving or drawing) and reporter.settle():
-                break  # never saved: the last checkpoint stays good
-            if drawing:
-                reporter.sample(f"fakes{step:06d}.png")
-            if saving:
-                reporter.save()
-        if reporter.settle():
-            print(f"gankern-train: training diverged: {reporter.bad}; the log stops before it", file=sys.stderr)
-            return 1
-        reporter.save()
-    if trainer.steps_done < config.steps:
-        words = ["gankern-train", preset, *flags(preset, dataclasses.replace(config, resume=str(run.path)))]
-        print(f"stopped after step {trainer.steps_done}, all saved; to resume: {shlex.join(words)}")
-        return 128 + stop.signal
-    losses = f": {Reader(config).losses(reporter.last)}" if reporter.last else ""
-    where = f"samples: {run.path / f'fakes{config.steps:06d}.png'}; more: gankern sample {run.path}"
-    print(f"finished {config.steps} steps{losses}; {where}")
-    return 0
-
-
-def periods(config: TrainConfig) -> list[int]:
-    """Of what happens after certain steps."""
-    return [every for every in (config.log_every, config.sample_every, config.checkpoint_every) if every]
-
-
-def next_multiple(step: int, every: int) -> int:
-    return (step // every + 1) * every
-
-
-class Reporter:
-    """All that a run writes: log.jsonl, TensorBoard events, pictures, checkpoints, and the progress line."""
-
-    def __init__(self, ready: Ready) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.config, self.trainer, self.batches, self.run = ready.config, ready.trainer, ready.batches, ready.run
-        self.engine, self.seconds = ready.engine, ready.seconds
-        config, trainer = self.config, self.trainer
-        # Own generator: the same latents in each picture and after each resume, and none taken from the training's stream.
-        latents = torch.Generator().manual_seed(config.seed + 2)
-        self.dataset, self.view = ready.dataset, view_of(ready.dataset, ready.classes)
-        self.labels = [torch.arange(self.view.count) % ready.classes] if ready.classes else []
-        self.z = sample_latent(self.view.count, config.z_dim, config.latent, latents)
-        first = trainer.steps_done
-        self.board = SummaryWriter(str(self.run.path), purge_step=first + 1 if first else None)
-        self.progress = Progress(config.steps, first, config.batch_size, Reader(config))
-        self.last: dict[str, float] = {}  # row of log.jsonl
-        self.saved_step = first or -1
-        self.logged_step = first
-        self.pending: list[Pending] = []
-        self.bad = ""  # what was not finite, and at which step
-        self.mark = time.perf_counter()
-
-    def __enter__(self) -> Reporter:
-        self.progress.__enter__()
-        return self
-
-    def __exit__(self, fault: object, *_: object) -> None:
-        self.progress.__exit__()
-        self.board.close()
-        frames = [path for _, path in self.run.fakes()]
-        if frames and fault is None and self.dataset.kind != "images":
-            pictures.animate(self.run.path / "training.gif", frames)
-
-    @contextlib.contextmanager
-    def _off_the_clock(self) -> Any:
-        """Writing does not count as training time."""
-        start = time.perf_counter()
-        yield
-        self.mark += time.perf_counter() - start
-
-    def begin(self) -> None:
-        """reals.png: real samples spread evenly over the data; fakes_init.png: samples before training."""
-        with self._off_the_clock():
-            self._picture("reals", "reals.png", self.view.reals())
-        self.sample("fakes_init.png")
-
-    def log(self) -> None:
-        """A row for this step: now, or at the next call if the engine lets the device go on meanwhile (`lag`)."""
-        self.pending.append(self.engine.losses.request())
-        while len(self.pending) > self.engine.lag and not self.bad:
-            self._row(self.pending.pop(0))
-
-    def settle(self) -> str:
-        """Write the rows under way and look at all steps made. Returns what is not finite in them, or ""."""
-        while self.pending and not self.bad:
-            self._row(self.pending.pop(0))
-        self.bad = self.bad or self.engine.losses.request().read().bad
-        return self.bad
-
-    def _row(self, pending: Pending) -> None:
-        step, values, self.bad = pending.read()
-        if self.bad:
-            return
-        now = time.perf_counter()
-        elapsed, self.mark = now - self.mark, now
-        self.seconds += elapsed
-        rate = (step - self.logged_step) * self.config.batch_size / elapsed
-        self.logged_step = step
-        row = {"step": step, "time_s": round(self.seconds, 3), "images_per_s": round(rate, 1), **values}
-        self.run.log(row)
-        self.last = row
-        for name in ("d_loss", "g_loss"):
-            self.board.add_scalar(f"loss/{name}", row[name], step)
-        for name in ("d_real", "d_fake"):
-            self.board.add_scalar(f"score/{name}", row[name], step)
-        self.board.add_scalar("speed/images_per_s", row["images_per_s"], step)
-        self.progress.update(row)
-
-    def sample(self, name: str) -> None:
-        """A picture; and a row of modes.jsonl where the modes of the data are known."""
-        with self._off_the_clock():
-            step, samples = self.trainer.steps_done, self.trainer.sample(self.z, *self.labels)
-            coverage = coverage_of(self.dataset, samples)
-            if coverage is not None:
-                row = {"modes": coverage.found, "high_quality": coverage.high_quality, "reverse_kl": coverage.reverse_kl}
-                self.run.log({"step": step, **row}, MODES)
-                for key, value in row.items():
-                    self.board.add_scalar(f"modes/{key}", value, step)
-            critic = self.trainer.discriminator if self.trainer.critic.learns and not self.labels else None
-            self._picture("fakes", name, self.view.fakes(samples, step, critic, coverage))
-
-    def _picture(self, tag: str, name: str, picture: Tensor) -> None:
-        pictures.save_png(self.run.path / name, picture)
-        self.board.add_image(tag, picture.numpy(), self.trainer.steps_done, dataformats="HWC")
-
-    def save(self) -> None:
-        """A checkpoint of the present step, unless it is there already, and losses.png."""
-        step = self.trainer.steps_done
-        if step == self.saved_step:
-            return
-        with self._off_the_clock():
-            state = self.trainer.state_dict() | {f"data.{k}": v for k, v in self.batches.state_dict().items()}
-            seconds = self.seconds + time.perf_counter() - self.mark
-            self.run.save(state | {"device": self.trainer.device.type, "time_s": seconds}, self.config.keep)
-            rows = self.run.rows()
-            if rows:
-                pictures.plot_losses(self.run.path / "losses.png", rows, self.run.path.name, self.progress.reader.names)
-            self.board.flush()
-        self.saved_step = step
 
 
 def versions() -> dict[str, str]:
