@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from gankern import checks
+from gankern.ops._all_reduce import AllReduce
 from gankern.ops._layout import accumulate
 from gankern.ops.bn_lrelu import bn_lrelu
 
@@ -128,10 +128,10 @@ class SyncBatchNormLeakyReLU(_LeakyReLU, nn.SyncBatchNorm):
         v = x.to(accumulate(x.dtype))
         dims, shape = [d for d in range(x.dim()) if d != 1], (1, -1, *(1,) * (x.dim() - 2))
         own = v.new_full((1,), x.numel() // max(x.shape[1], 1))
-        *_, count = totals = _AllReduce.apply(torch.cat([v.sum(dims), own]), group)
+        *_, count = totals = AllReduce.apply(torch.cat([v.sum(dims), own]), group)
         mean = totals[:-1] / count
         c = v - mean.reshape(shape)
-        var = _AllReduce.apply(c.square().sum(dims), group) / count
+        var = AllReduce.apply(c.square().sum(dims), group) / count
         with torch.no_grad():
             for average, value in zip(running, (mean, var * (count / (count - 1))), strict=True):
                 if average is not None:
@@ -155,18 +155,3 @@ class SyncBatchNormLeakyReLU(_LeakyReLU, nn.SyncBatchNorm):
                 made[child] = made.get(child) or cls.convert_sync_batchnorm(child, process_group)
                 module._modules[name] = made[child]
         return module
-
-
-class _AllReduce(Function):
-    """The sum of a tensor over all processes; so is its derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        total = t.clone()
-        torch.distributed.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return _AllReduce.apply(grad, ctx.group), None

@@ -93,6 +93,8 @@ def idle(c: TrainConfig) -> dict[str, str]:
     found = {
         field: f"with --arch {c.arch}, whose networks do not have it" for field, archs in _SHAPES.items() if c.arch not in archs
     }
+    if c.d_norm != "batch" and (c.virtual_batch_norm or c.arch in _NO_NORM or (c.arch in _MLPS and c.g_norm == "none")):
+        found["sync_batch_norm"] = f"with --arch {c.arch}, whose networks have no BatchNorm here"
     optimizers = [c.optimizer_g, c.optimizer_d]
     if c.loss == "mmd":
         of_critic = _OF_CRITIC if c.arch in _MLPS else (*_OF_CRITIC, "negative_slope")

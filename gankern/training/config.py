@@ -177,6 +177,8 @@ class TrainConfig:
     distance, or the standard deviation (Karras et al.)."""
     virtual_batch_norm: bool = False
     """Take the statistics of the generator's BatchNorm from a fixed batch of latent vectors and the sample itself."""
+    sync_batch_norm: bool = False
+    """Take the statistics of BatchNorm from the batches of all processes, where torchrun has started several."""
     pack: int = 1
     """Samples that the discriminator judges together (PacGAN)."""
     z_dim: int = 100

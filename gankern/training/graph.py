@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gankern import checks
 from gankern.data import Batches
+from gankern.training import distributed
 from gankern.training.critics import Autograd, OnePass
 from gankern.training.networks import CONDITIONAL
 from gankern.training.trainer import Trainer
@@ -35,7 +36,7 @@ class Eager:
 
     Args:
         trainer: whose steps are made.
-        batches: where their batches come from, n_critic * B images each.
+        batches: where their batches come from, n_critic * B images each; of several processes each takes its part of them.
         why: the reason why it is this engine, if another one was asked for.
     """
 
@@ -52,17 +53,21 @@ class Eager:
         """Make one step, or as many as a replay holds if that is at most `most`; trainer.steps_done tells how many.
 
         Args:
-            batch: (real, *labels) as Trainer.step takes them, of any size. None: the next of `batches`.
+            batch: (real, *labels) as Trainer.step takes them, of any size; this process's part. None: the next of `batches`.
             most: >= 1.
 
         Returns:
             The losses of the last step made, as Trainer.step does; the next step may overwrite them.
         """
-        real, *labels = self.gather(self.batches.indices()) if batch is None else batch
+        real, *labels = self.gather(self.shard(self.batches.indices())) if batch is None else batch
         self.losses.begin(self.trainer.steps_done, 1)
         out = self.trainer.step(real, *labels)
         self.losses.write(out)
         return out
+
+    def shard(self, indices: Tensor) -> Tensor:
+        """This process's part of the numbers of a batch."""
+        return distributed.shard(indices, self.trainer.config.n_critic)
 
     def gather(self, indices: Tensor) -> tuple[Tensor, ...]:
         samples = self.batches.samples(indices)
@@ -109,7 +114,7 @@ class Graph(Eager):
         self.steps = min(steps, len(batches.order) // n)
         self.losses = Losses(max(self.steps, len(self.losses.ring)), device, self.losses.names)
         self.known, self.at = batches.order, -1  # whose copy `order` is, and what `place` holds
-        self.order, self.offsets = batches.order.clone(), torch.arange(n, device=device)
+        self.order, self.offsets = batches.order.clone(), self.shard(torch.arange(n, device=device))
         self.place = torch.zeros((), dtype=torch.int64, device=device)
         saved = {key: v.clone() if isinstance(v, Tensor) else v for key, v in trainer.state_dict().items()}
         self.replays: dict[int, tuple[Replay, dict[str, Tensor]]] = {}
@@ -132,7 +137,7 @@ class Graph(Eager):
             real, *labels = self.gather(self.order.index_select(0, self.place + self.offsets))
             self.out = self.trainer.step(real, *labels)
             self.losses.write(self.out)
-            self.place += len(self.offsets)
+            self.place += self.batches.batch_size
 
     def step(self, batch: tuple[Tensor, ...] | None = None, most: int = 1) -> dict[str, Tensor]:
         if batch is not None:
@@ -216,7 +221,7 @@ class Compile(Eager):
                 trainer.critic = Autograd(net, critic.loss, "none", 0.0, trainer.rng, getattr(critic, "one_pass", True))
             else:
                 self.why = "the critic is not compiled: torch.compile gives its penalty no second derivative"
-            trainer.step(*self.gather(batches.order[: batches.batch_size]))
+            trainer.step(*self.gather(self.shard(batches.order[: batches.batch_size])))
         except BaseException:
             trainer.forward, trainer.critic = before
             raise
@@ -294,8 +299,8 @@ class Losses:
         self.filled += count
 
     def write(self, out: dict[str, Tensor]) -> None:
-        """On the device alone, so that a graph can hold it."""
-        row = torch.stack([out[name] for name in self.names]).to(self.ring.dtype)
+        """On the device alone, so that a graph can hold it. Of several processes the means."""
+        row = distributed.mean(torch.stack([out[name] for name in self.names]).to(self.ring.dtype))
         self.ring.index_copy_(0, self.slot, row.unsqueeze(0))
         self.slot += 1
 

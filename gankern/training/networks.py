@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gankern import checks, models
-from gankern.nn import VirtualBatchNorm, add_minibatch_features, spectral_norm_
+from gankern.nn import SyncBatchNormLeakyReLU, VirtualBatchNorm, add_minibatch_features, spectral_norm_
 from gankern.nn.fuse import fuse
 from gankern.training.config import TrainConfig
 
@@ -42,11 +42,23 @@ def networks(config: TrainConfig, shape: Shape, classes: int = 0, fused: bool = 
         n = config.batch_size
         labels = [torch.arange(n) % classes] if arch in CONDITIONAL else []
         generator = VirtualBatchNorm(generator, models.sample_latent(n, config.z_dim, config.latent), *labels)
+    if config.sync_batch_norm:
+        generator, discriminator = _synchronised(generator), _synchronised(discriminator)
     if fused:
         generator, discriminator = fuse(generator), fuse(discriminator)
     if config.spectral_norm_g:
         spectral_norm_(generator)
     return generator, spectral_norm_(discriminator) if config.spectral_norm else discriminator
+
+
+def _synchronised(network: nn.Module) -> nn.Module:
+    """Its BatchNorm layers as SyncBatchNormLeakyReLU of slope 1: nn.SyncBatchNorm has no statistics on the CPU."""
+    network = SyncBatchNormLeakyReLU.convert_sync_batchnorm(network)
+    for layer in network.modules():
+        if type(layer) is nn.SyncBatchNorm:
+            layer.__class__ = SyncBatchNormLeakyReLU
+            layer.negative_slope = 1.0  # type: ignore[assignment]
+    return network
 
 
 def encoder(config: TrainConfig, shape: Sequence[int]) -> nn.Module:

@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from gankern import checks
 from gankern.models import sample_latent
 from gankern.nn import LinearLeakyReLU
-from gankern.training import critics, precision, techniques
+from gankern.training import critics, distributed, precision, techniques
 from gankern.training.config import TrainConfig
 from gankern.training.critics import Loss
 from gankern.training.optimizers import InPlace, make
@@ -38,6 +38,9 @@ class Trainer:
             the generator. None: yes, unless it has a BatchNorm or a layer of minibatch features (a generator: any buffer). Networks
             whose samples see each other in another way need False.
         capturable: whether all that changes from step to step is kept in tensors, as a CUDA graph needs it. None: on CUDA.
+
+    Where torch.distributed is initialised, the trainers of all processes make each step together, as one would with the batches of
+    all: see `gankern.training.distributed`. They must be made alike and begin with the same weights.
 
     Random numbers: z and the penalty's points come from `self.rng`, seeded with config.seed + 1; dropout from PyTorch's default
     generator. Both are in `state_dict`, so that a resumed run repeats an uninterrupted one, on the CPU bit for bit.
@@ -74,7 +77,8 @@ class Trainer:
         """n_critic updates of the critic, one of the generator.
 
         Args:
-            real: training samples, float32 [n_critic * B, ...] on the trainer's device: B for each update of the critic.
+            real: training samples, float32 [n_critic * B, ...] on the trainer's device: B for each update of the critic. Of several
+                processes each has its part of the B, in the order of ranks.
             labels: nothing, or their classes, int64 [n_critic * B], which the fakes get too.
 
         Returns:
@@ -87,7 +91,7 @@ class Trainer:
         n = self.config.n_critic
         if len(real) % n:
             checks.fail(ValueError, OP, "real", f"have a multiple of n_critic ({n}) samples", len(real))
-        noise = self.noise(len(real))
+        noise = distributed.draw(self.noise, len(real), n)
         *early, (z, *last) = zip(*(t.chunk(n) for t in (noise, real, *labels)), strict=True)
         with precision.products(self.config.precision, self.device):
             for fake, (_, x, *c) in zip(self.early_fakes(noise, *labels), early, strict=True):
@@ -154,6 +158,7 @@ class Trainer:
         return samples
 
     def update(self, optimizer: InPlace) -> None:
+        distributed.average_([p.grad for p in optimizer.parameters if p.grad is not None])
         for technique in self._used:
             technique.gradients(optimizer)
         if self.config.clip_gradients:

@@ -18,9 +18,10 @@ from torch import nn
 from gankern import checks
 from gankern.losses import GANLoss
 from gankern.ops._objectives import OBJECTIVES
+from gankern.training import distributed
 from gankern.training.config import TrainConfig
 from gankern.training.critics import one_pass as _one_pass
-from gankern.training.critics._common import Critic, Loss, WithTerm, frozen, mixes
+from gankern.training.critics._common import Critic, Gathered, Loss, WithTerm, frozen, mixes
 from gankern.training.critics.autograd import Autograd
 from gankern.training.critics.auxiliary import Auxiliary
 from gankern.training.critics.energy import BEGAN, EBGAN
@@ -39,6 +40,7 @@ __all__ = [
     "Autograd",
     "Auxiliary",
     "Critic",
+    "Gathered",
     "Loss",
     "Matching",
     "OnePass",
@@ -96,10 +98,11 @@ def _plain(net: nn.Module, config: TrainConfig, rng: torch.Generator, one_pass: 
     if reconstructs:
         wanted = "be ebgan, began, mmd or mmd-gan with --arch autoencoder, which gives no logits"
         checks.fail(ValueError, OP, "loss", wanted, config.loss)
-    loss = GANLoss(config.objective, config.label_smoothing, config.fake_label)
+    gathers = distributed.joined() and OBJECTIVES[config.objective].relative == "average"
+    loss = (Gathered if gathers else GANLoss)(config.objective, config.label_smoothing, config.fake_label)
     settings = config.penalty, config.penalty_weight, rng
     if getattr(net, "classifies", False):
         return Auxiliary(net, loss, *settings, one_pass, config.class_weight)
-    if one_pass is not False and _one_pass.fits(net, config.penalty):
+    if one_pass is not False and not gathers and _one_pass.fits(net, config.penalty):
         return OnePass(net, loss, *settings)
     return Autograd(net, loss, *settings, one_pass)

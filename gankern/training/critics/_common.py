@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gankern.losses import GANLoss
 from gankern.nn.minibatch import MinibatchDiscrimination, MinibatchDistance, MinibatchStdDev
+from gankern.ops.gan_loss import GanLoss
+from gankern.training import distributed
 
 # layers in which the samples of a batch see each other
 MINIBATCH = (MinibatchDiscrimination, MinibatchDistance, MinibatchStdDev)
@@ -63,6 +66,19 @@ class Critic(ABC):
         return {}
 
 
+class Gathered(GANLoss):
+    """GANLoss of the logits of all processes, for objectives that are no mean over samples."""
+
+    def discriminator(self, real: Tensor, fake: Tensor) -> GanLoss:
+        return super().discriminator(distributed.gather(real), distributed.gather(fake))
+
+    def discriminator_from(self, logits: Tensor, n_real: int) -> GanLoss:
+        return self.discriminator(logits[:n_real], logits[n_real:])
+
+    def generator(self, fake: Tensor, real: Tensor | None = None) -> GanLoss:
+        return super().generator(distributed.gather(fake), None if real is None else distributed.gather(real))
+
+
 class Computed(NamedTuple):
     """A loss [] with its graph, and two detached statistics []."""
 
@@ -111,7 +127,7 @@ def mixes(net: nn.Module) -> bool:
 
 def draw_eps(real: Tensor, rng: torch.Generator) -> Tensor:
     """Where between real and fake each sample is penalised: [B], uniform in [0, 1)."""
-    return torch.rand(len(real), device=real.device, dtype=real.dtype, generator=rng)
+    return distributed.draw(lambda n: torch.rand(n, device=real.device, dtype=real.dtype, generator=rng), len(real))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gankern.losses import GANLoss
 from gankern.regularizers import gradient_penalty
+from gankern.training import distributed
 from gankern.training.critics._common import PENALTIES, Critic, Loss, WithTerm, draw_eps, frozen, mixes
 
 
@@ -50,11 +51,21 @@ class Autograd(Critic):
         if not self.penalty:
             return out
         eps = draw_eps(real, self.rng) if self.penalty["sample"] == "line" else None
+        penalty = self.penalty
+        if penalty["sample"] == "dragan" and distributed.joined():
+            penalty, real = {**penalty, "sample": "real"}, self._around(real)
         cond = tuple(torch.cat([c, c]) for c in labels) if self.penalty["sample"] == "both" else labels
-        penalty = gradient_penalty(
-            net, real, fake, cond=cond or None, eps=eps, generator=self.rng, attached=fake.requires_grad, **self.penalty
+        term = gradient_penalty(
+            net, real, fake, cond=cond or None, eps=eps, generator=self.rng, attached=fake.requires_grad, **penalty
         )
-        return WithTerm(out, penalty)
+        return WithTerm(out, term)
+
+    def _around(self, real: Tensor) -> Tensor:
+        """The points of DRAGAN, by the standard deviation of the samples of all processes."""
+        like: dict[str, Any] = {"dtype": real.dtype, "device": real.device, "generator": self.rng}
+        noise = distributed.draw(lambda n: torch.rand(n, *real.shape[1:], **like), len(real))
+        variance = distributed.mean((real - distributed.mean(real.mean())).square().mean())
+        return real + 0.5 * variance.sqrt() * noise
 
     def generator(self, fake: Tensor, real: Tensor, *labels: Tensor) -> Loss:
         with frozen(self.parameters):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gankern.losses import pulling_away
+from gankern.training import distributed
 from gankern.training.config import TrainConfig
 from gankern.training.critics._common import Computed, Critic, Loss, frozen, mixes
 
@@ -62,7 +63,7 @@ class EBGAN(Energy):
             codes = self.net.encode(fake)  # type: ignore[operator]
             energy = error(fake, self.net.decode(codes)).mean()  # type: ignore[operator]
         weight = self.config.pulling_away_weight
-        loss = energy + weight * pulling_away(codes) if weight else energy
+        loss = energy + weight * pulling_away(distributed.gather(codes)) if weight else energy
         return Computed(loss, torch.zeros_like(energy), energy.detach())
 
 
@@ -85,13 +86,13 @@ class BEGAN(Energy):
 
     def discriminator(self, real: Tensor, fake: Tensor, *labels: Tensor) -> Loss:
         of_real, of_fake = (e.mean() for e in self.energies(real, fake))
-        self.of_real.copy_(of_real.detach())
+        self.of_real.copy_(distributed.mean(of_real.detach()))
         return Computed(of_real - self.k.clone() * of_fake, of_real.detach(), of_fake.detach())
 
     def generator(self, fake: Tensor, real: Tensor, *labels: Tensor) -> Loss:
         with frozen(self.parameters):
             energy = self._energy(fake).mean()
-        config, of_fake = self.config, energy.detach()
+        config, of_fake = self.config, distributed.mean(energy.detach())
         self.k.add_(config.began_lambda * (config.began_gamma * self.of_real - of_fake)).clamp_(0, 1)
         return Computed(energy, self.of_real, of_fake)
 

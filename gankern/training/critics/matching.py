@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gankern import checks
+from gankern.training import distributed
 from gankern.training.critics._common import MINIBATCH, Computed, Critic, Loss, frozen
 
 
@@ -45,7 +46,7 @@ class Features:
             wanted, of_real = self.of(real, *labels)
         with frozen(self.parameters):
             got, of_fake = self.of(fake, *labels)
-        gap = got.float().mean(0) - wanted.float().mean(0)
+        gap = distributed.mean(got.float().mean(0) - wanted.float().mean(0))
         return gap.square().sum(), of_real, of_fake
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gankern.losses import mmd2
 from gankern.ops.pairwise import kernel_means
+from gankern.training import distributed
 from gankern.training.config import TrainConfig
 from gankern.training.critics._common import Computed, Critic, Loss, WithTerm, frozen
 from gankern.training.critics.autograd import Autograd
@@ -36,7 +37,8 @@ class MMD(Critic):
         return Computed(*real.new_zeros(3, dtype=torch.float32).unbind())
 
     def generator(self, fake: Tensor, real: Tensor, *labels: Tensor) -> Loss:
-        value = mmd2(real, fake.to(real.dtype), self.config.mmd_bandwidths)
+        real, fake = distributed.gather(real), distributed.gather(fake.to(real.dtype))
+        value = mmd2(real, fake, self.config.mmd_bandwidths)
         if self.config.mmd_root:
             value = value.clamp_min(torch.finfo(value.dtype).eps).sqrt()  # the slope at 0 is infinite
         zero = torch.zeros_like(value)
@@ -69,12 +71,14 @@ class MMDGAN(Autograd):
         self.encode: Any = getattr(net, "encode", net)
 
     def features(self, real: Tensor, fake: Tensor, labels: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """[B, K] of both."""
-        if not self.one_pass:
-            return rows(self.encode(real, *labels)), rows(self.encode(fake, *labels))
-        both = rows(self.encode(torch.cat([real, fake]), *(torch.cat([c, c]) for c in labels)))
-        count = len(both) * len(real) // (len(real) + len(fake))
-        return both[:count], both[count:]
+        """[B, K] of both; of several processes those of all."""
+        if self.one_pass:
+            both = rows(self.encode(torch.cat([real, fake]), *(torch.cat([c, c]) for c in labels)))
+            count = len(both) * len(real) // (len(real) + len(fake))
+            of_real, of_fake = both[:count], both[count:]
+        else:
+            of_real, of_fake = rows(self.encode(real, *labels)), rows(self.encode(fake, *labels))
+        return distributed.gather(of_real), distributed.gather(of_fake)
 
     def discriminator(self, real: Tensor, fake: Tensor, *labels: Tensor) -> Loss:
         of_real, of_fake = self.features(real, fake, labels)
@@ -82,7 +86,7 @@ class MMDGAN(Autograd):
         weight = self.config.mmd_reconstruction
         if weight and hasattr(self.net, "decode"):
             for x, h in ((real, of_real), (fake, of_fake)):
-                out = WithTerm(out, weight * error(x, self.net.decode(h)).mean())  # type: ignore[operator]
+                out = WithTerm(out, weight * error(x, self.net.decode(distributed.shard(h))).mean())  # type: ignore[operator]
         judge, real, fake = self.judged(self.encode, real, fake, *labels)
 
         def witness(t: Tensor, *c: Tensor) -> Tensor:

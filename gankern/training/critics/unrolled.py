@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from gankern.training import distributed
 from gankern.training.critics._common import Computed, Critic, Loss
 from gankern.training.optimizers import InPlace
 
@@ -70,7 +71,7 @@ class Unrolled(Critic):
 
         for step in range(1, self.steps + 1):
             loss = ask(self.inner.discriminator, real, fake).loss
-            gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+            gradients = _averaged(torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True))
             parameters, slots = optimizer.ahead(parameters, gradients, slots, optimizer.count + step)
             if self.clip:
                 parameters = [p.clamp(-self.clip, self.clip) for p in parameters]
@@ -78,6 +79,14 @@ class Unrolled(Critic):
             return ask(self.inner.generator, fake, real)
         out = ask(self.value.discriminator, real, fake)
         return Computed(-out.loss, out.d_real, out.d_fake)
+
+
+def _averaged(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Their means over the processes, with their graphs."""
+    if not distributed.joined():
+        return gradients
+    parts = distributed.mean(torch.cat([g.flatten() for g in gradients])).split([g.numel() for g in gradients])
+    return [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)]
 
 
 class _Within(nn.Module):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from gankern.training import distributed
 from gankern.training.techniques._technique import Technique
 
 
@@ -16,7 +19,8 @@ class InstanceNoise(Technique):
     """
 
     def seen(self, samples: Tensor) -> Tensor:
-        noise = torch.randn(samples.shape, device=samples.device, dtype=samples.dtype, generator=self.rng)
+        like: dict[str, Any] = {"device": samples.device, "dtype": samples.dtype, "generator": self.rng}
+        noise = distributed.draw(lambda n: torch.randn(n, *samples.shape[1:], **like), len(samples))
         trainer, steps = self.trainer, self.config.instance_noise_steps
         if steps:
             share = trainer.steps_done / steps if trainer.clock is None else trainer.clock / steps

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gankern.training import distributed
+from gankern.training.critics import Gathered
 from gankern.training.techniques._technique import Technique
 
 
@@ -23,7 +25,7 @@ class Labels(Technique):
     def before_critic(self, real: Tensor, fake: Tensor) -> None:
         config, loss = self.config, self.trainer.critic.loss
         targets = [
-            self._draw(ends or (fixed, fixed), len(samples) // config.pack)
+            self._draw(ends or (fixed, fixed), len(samples) // config.pack * distributed.world_size())
             for samples, ends, fixed in (
                 (real, config.real_label_range, config.label_smoothing),
                 (fake, config.fake_label_range, config.fake_label),
@@ -32,6 +34,8 @@ class Labels(Technique):
         if config.label_noise:
             others = targets[1], targets[0]
             targets = [torch.where(self._uniform(len(t)) < config.label_noise, o, t) for t, o in zip(targets, others, strict=True)]
+        if not isinstance(loss, Gathered):
+            targets = [distributed.shard(t) for t in targets]
         loss.real_label, loss.fake_label = targets
 
     def _uniform(self, count: int) -> Tensor:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gankern.training import distributed
 from gankern.training.techniques._technique import Technique
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ class Replay(Technique):
     """A buffer of `replay` fakes. Of each B fakes of a critic's update h = B // 2 (of a packed critic, whole packs) come from it.
 
     They are drawn without replacement, then h of the new fakes take the places of others, drawn alike: free places first. While the
-    buffer holds fewer than h, new fakes stand in.
+    buffer holds fewer than h, new fakes stand in. Several processes have the fakes of all in buffers that are alike.
 
     Source: Shrivastava et al., "Learning from simulated and unsupervised images through adversarial training", CVPR 2017, section
     2.3.
@@ -30,17 +31,17 @@ class Replay(Technique):
         self.filled = torch.zeros(self.config.replay, device=self.device)  # 1 where there is a fake
 
     def fakes(self, fake: Tensor) -> Tensor:
-        pack = self.config.pack
+        pack, fake = self.config.pack, distributed.gather(fake)
         half = len(fake) // pack // 2 * pack
         if not half:
-            return fake
+            return distributed.shard(fake)
         order = self._uniform().add_(self.filled).topk(half).indices  # those that are there first
         there = self.filled[order].reshape(half, *[1] * (fake.dim() - 1))
         old = torch.where(there > 0, self.buffer[order].to(fake.dtype), fake[-half:])
         places = self._uniform().sub_(self.filled).topk(half).indices  # free ones first
         self.buffer.index_copy_(0, places, fake[:half].to(self.buffer.dtype))
         self.filled.index_fill_(0, places, 1.0)
-        return torch.cat([fake[:-half], old])
+        return distributed.shard(torch.cat([fake[:-half], old]))
 
     def _uniform(self) -> Tensor:
         return torch.rand(len(self.filled), device=self.device, generator=self.rng)

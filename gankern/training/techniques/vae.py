@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gankern.models.vae import rsample
+from gankern.training import distributed
 from gankern.training.critics import frozen
 from gankern.training.critics.matching import Features
 from gankern.training.networks import encoder
@@ -41,7 +41,8 @@ class VAE(Technique):
     def term(self, fake: Tensor, real: Tensor, *labels: Tensor) -> Tensor:
         self.optimizer.forget()
         mean, log_variance = self.encoder(real)
-        again = self.trainer.forward(rsample(mean, log_variance, self.rng))
+        noise = distributed.draw(lambda n: mean.new_empty(n, *mean.shape[1:]).normal_(generator=self.rng), len(mean))
+        again = self.trainer.forward(mean + noise * torch.exp(0.5 * log_variance))
         if self.features is not None:
             with frozen(self.features.parameters):
                 real, again = self.features.of(real)[0].detach(), self.features.of(again)[0]
@@ -51,6 +52,7 @@ class VAE(Technique):
         return self.config.reconstruction * error + self.config.kl * divergence
 
     def after_step(self) -> None:
+        distributed.average_([p.grad for p in self.optimizer.parameters if p.grad is not None])
         self.optimizer.update()
 
     def models(self) -> dict[str, Any]:
