@@ -26,7 +26,7 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if any(not isinstance(leaf, Tensor) and leaf is not None for leaf in tree_leaves(out)):
+        if any(not isinstance(leaf, (Tensor, torch.ScriptObject)) and leaf is not None for leaf in tree_leaves(out)):
             raise RuntimeError(f"{func} gives the host a number: a recording cannot follow it")
         self.calls.append((func, args, kwargs, out))
         return out
@@ -35,6 +35,8 @@ class Recording(TorchDispatchMode):
     def replay(self) -> None:
         for func, args, kwargs, recorded in self.calls:
             fresh = func(*args, **kwargs)
+            for work in (leaf for leaf in tree_leaves(fresh) if isinstance(leaf, torch.ScriptObject)):
+                work.wait()  # a sum over processes
             for new, old in zip(tensors(fresh), tensors(recorded), strict=True):
                 if new is not old and new.data_ptr() != old.data_ptr():
                     old.copy_(new)

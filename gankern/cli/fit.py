@@ -19,7 +19,7 @@ from gankern import data
 from gankern.cli.explain import Reader
 from gankern.cli.progress import Progress
 from gankern.models import sample_latent
-from gankern.training import PRESETS, TrainConfig, Trainer, pictures
+from gankern.training import PRESETS, TrainConfig, Trainer, distributed, pictures
 from gankern.training.graph import Eager, Pending
 from gankern.training.run_dir import MODES, RunDir
 from gankern.training.views import coverage_of, view_of
@@ -48,10 +48,13 @@ class Watcher(Protocol):
 
 
 class Stop:
-    """Notes the first SIGINT or SIGTERM, so that the loop ends after its step; the second one acts as usual."""
+    """Notes the first SIGINT or SIGTERM, so that the loop ends after its step; the second one acts as usual.
+
+    Of several processes any may get it, and torchrun sends one more to each: they end together, after `agree`.
+    """
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.noted = self.signal = 0
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -65,8 +68,16 @@ class Stop:
         self.before = {}
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.signal = number
-        self.__exit__()
+        self.noted = number
+        if distributed.world_size() == 1:
+            self.signal = number
+            self.__exit__()
+
+    def agree(self, over: bool) -> bool:
+        """Whether the first process says that it is over; and the signal that any process has got."""
+        answers = distributed.everyone((self.noted, over))
+        self.signal = max(noted for noted, _ in answers)
+        return answers[0][1]
 
 
 def watchers(ready: Ready) -> list[Watcher]:
@@ -79,7 +90,7 @@ def fit(preset: str, ready: Ready) -> int:
     config, trainer, run, engine = ready.config, ready.trainer, ready.run, ready.engine
     reporter, looking, ended = Reporter(ready), [w for w in watchers(ready) if w.every], ""
     periods = [every for every in (config.log_every, config.sample_every, config.checkpoint_every) if every]
-    periods += [watcher.every for watcher in looking]
+    periods = distributed.everyone(periods + [watcher.every for watcher in looking])[0]
     with Stop() as stop, reporter:
         if trainer.steps_done == 0:
             reporter.begin()
@@ -88,6 +99,9 @@ def fit(preset: str, ready: Ready) -> int:
             events = [config.steps, *(next_multiple(done, every) for every in periods)]
             engine.step(most=min(events) - done)
             step, last = trainer.steps_done, trainer.steps_done == config.steps
+            if step not in events:
+                continue
+            reporter.streams = distributed.streams(trainer.device)
             if last or step % config.log_every == 0:
                 reporter.log()
             for watcher in looking:
@@ -95,12 +109,12 @@ def fit(preset: str, ready: Ready) -> int:
                     ended = ended or watcher.look(reporter)
             saving = bool(config.checkpoint_every and step % config.checkpoint_every == 0) and not last
             drawing = last or bool(config.sample_every and step % config.sample_every == 0)
-            if (saving or drawing) and reporter.settle():
-                break  # never saved: the last checkpoint stays good
-            if drawing:
-                reporter.sample(f"fakes{step:06d}.png")
-            if saving:
-                reporter.save()
+            if (saving or drawing) and not reporter.settle():  # else never saved: the last checkpoint stays good
+                if drawing:
+                    reporter.sample(f"fakes{step:06d}.png")
+                if saving:
+                    reporter.save()
+            stop.agree(bool(reporter.bad or ended))
         reporter.film()
         if reporter.settle():
             print(f"gankern-train: training diverged: {reporter.bad}; the log stops before it", file=sys.stderr)
@@ -115,6 +129,21 @@ def fit(preset: str, ready: Ready) -> int:
     losses = f": {Reader(config).losses(reporter.last)}" if reporter.last else ""
     where = f"samples: {run.path / f'fakes{config.steps:06d}.png'}; more: gankern sample {run.path}"
     print(f"finished {config.steps} steps{losses}; {where}")
+    return 0
+
+
+def follow(ready: Ready) -> int:
+    """The loop of the processes beside the first, which alone writes: the same steps, and an end where it says so."""
+    config, trainer, over = ready.config, ready.trainer, False
+    periods = distributed.everyone([1])[0]
+    with Stop() as stop:
+        while trainer.steps_done < config.steps and not (stop.signal or over):
+            done = trainer.steps_done
+            events = [config.steps, *(next_multiple(done, every) for every in periods)]
+            ready.engine.step(most=min(events) - done)
+            if trainer.steps_done in events:
+                distributed.streams(trainer.device)
+                over = stop.agree(False)
     return 0
 
 
@@ -143,6 +172,7 @@ class Reporter:
         self.saved_step = first or -1
         self.logged_step = first
         self.pending: list[Pending] = []
+        self.streams: dict[str, Tensor] = {}  # random states of the other processes after this step
         self.bad = ""  # what was not finite, and at which step
         self.mark = time.perf_counter()
 
@@ -234,7 +264,7 @@ class Reporter:
                 pictures.plot_losses(self.run.path / "losses.png", rows, self.run.path.name, self.progress.reader.names)
             self.board.flush()
             state = self.trainer.state_dict() | {f"data.{k}": v for k, v in self.batches.state_dict().items()}
-            self.run.save(state | {"device": self.trainer.device.type}, self.config.keep)
+            self.run.save(state | self.streams | {"device": self.trainer.device.type}, self.config.keep)
         self.saved_step = step
 
 

@@ -18,9 +18,9 @@ import gankern
 from gankern import data
 from gankern.cli.common import Parser, Refused, need, pick_device, refusing
 from gankern.cli.explain import Reader
-from gankern.cli.fit import Ready, fit, to_resume
+from gankern.cli.fit import Ready, fit, follow, to_resume
 from gankern.cli.help import settings, shown
-from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, precision, run_dir
+from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, distributed, precision, run_dir
 from gankern.training.combinations import idle
 from gankern.training.graph import make
 from gankern.training.networks import CONDITIONAL
@@ -42,16 +42,23 @@ def command(arguments: list[str]) -> int:
     need("tyro", "rich", "PIL", "safetensors", "tensorboard", "matplotlib")
     with contextlib.ExitStack() as held:
         with refusing():
-            ready = prepare(name, parse(name, rest), held)
+            held.enter_context(distributed.session())
+            if distributed.rank():  # the first process speaks
+                held.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            with distributed.together():
+                config = parse(name, rest)
+            ready = prepare(name, config, held)
         if ready is None:
             return 0
         try:
-            return fit(name, ready)
-        except OSError as error:  # of a file: the data are in memory
+            return distributed.everyone(follow(ready) if distributed.rank() else fit(name, ready))[0]
+        except OSError as error:  # of a file: the data are in memory; or another process is gone
             saved, where = ready.run.checkpoints()[-1:], f" {error.filename}" if error.filename else ""
             words = f"all is saved up to step {saved[0][0]}; to resume: {to_resume(name, ready)}" if saved else "nothing is saved"
-            reason = f"cannot write{where}: {error.strerror or error}"
+            reason = str(error) if isinstance(error, ConnectionError) else f"cannot write{where}: {error.strerror or error}"
             print(f"gankern-train: stopped after step {ready.trainer.steps_done}, {reason}; {words}", file=sys.stderr)
+            if distributed.world_size() > 1:
+                raise SystemExit(1) from None  # nobody waits for the others
             return 1
 
 
@@ -104,47 +111,60 @@ def is_rule(line: str) -> bool:
 
 def prepare(preset: str, config: TrainConfig, held: contextlib.ExitStack) -> Ready | None:
     """All that may refuse: device, data, models, the run to resume, which is locked as long as `held`. None: all is done."""
-    device = pick_device(config.device)
     if config.data not in data.NAMES:  # the run is found again from another folder too
         config = dataclasses.replace(config, data=str(Path(config.data).expanduser().resolve()))
-    run, found = find_run(preset, config)
-    if run is not None and not config.dry_run:
-        held.enter_context(run.locked())
-    saved, state, damaged = checkpoint.load_newest(found) if found else (None, {}, [])
+    run, saved, state, damaged = distributed.by_first(lambda: claim(preset, config, held))
     step = 0 if saved is None else run_dir.step_of(saved)
     for sentence in damaged:
         print(f"{sentence}; going back to {saved}")
     if run is not None and step >= config.steps:
         print(f"{run.path} is finished: {step} steps made, {config.steps} asked for; nothing to do")
         return None
-    dataset = load_data(config)
-    if skipped := dataset.skipped:
-        print(f"skipped {len(skipped)} unreadable files: {', '.join(skipped[:5])}{' ...' * (len(skipped) > 5)}")
-    needed = config.batch_size * config.n_critic
-    if config.n_critic > 1 and needed > len(dataset):
-        words = f"batch_size * n_critic must be at most the {len(dataset)} {dataset.kind} of {dataset.name}"
-        raise Refused(f"{words}, got {config.batch_size} * {config.n_critic} = {needed}")
-    classes = count_classes(config, dataset, run)
-    if run is not None and run.table != dataset.table:
-        raise Refused(f"resume: data must have the columns of {run.path}, with their means and deviations, got others")
-    torch.manual_seed(config.seed)
-    trainer = Trainer(*PRESETS[preset].build(config, dataset.shape, classes), config, device)
-    batches = data.Batches(dataset, needed, seed=config.seed, device=device)
+    with distributed.together():
+        device = distributed.own_device(pick_device(config.device))
+        distributed.check(config)
+        dataset = load_data(config)
+        if skipped := dataset.skipped:
+            print(f"skipped {len(skipped)} unreadable files: {', '.join(skipped[:5])}{' ...' * (len(skipped) > 5)}")
+        needed = config.batch_size * config.n_critic
+        if config.n_critic > 1 and needed > len(dataset):
+            words = f"batch_size * n_critic must be at most the {len(dataset)} {dataset.kind} of {dataset.name}"
+            raise Refused(f"{words}, got {config.batch_size} * {config.n_critic} = {needed}")
+        classes = count_classes(config, dataset, run)
+        if run is not None and run.table != dataset.table:
+            raise Refused(f"resume: data must have the columns of {run.path}, with their means and deviations, got others")
+        torch.manual_seed(config.seed)
+        networks = PRESETS[preset].build(config, dataset.shape, classes)
+        batches = data.Batches(dataset, needed, seed=config.seed, device=device)
+    trainer = Trainer(*networks, config, device)
+    distributed.seed_own(config.seed)
+    before = now = distributed.world_size()
     if saved is not None:
-        restore(trainer, batches, saved, state)
+        before = restore(trainer, batches, saved, state)
     if config.dry_run:
         describe(preset, config, trainer, dataset, run)
         return None
     engine = make(config.engine, trainer, batches)
     facts = {"data_name": dataset.name, dataset.kind: len(dataset), "versions": versions(), "device_used": str(device)}
-    if run is None:
-        run = RunDir.create(preset, config, dataset.name, dataset.shape, facts, classes, dataset.table)
-        held.enter_context(run.locked())
-        print(f"new run {run.path}: {len(dataset)} {dataset.kind} of {dataset.name} {list(dataset.shape)}, on {device}")
-    else:
+
+    def begin() -> RunDir:
+        if run is None:
+            made = RunDir.create(preset, config, dataset.name, dataset.shape, facts, classes, dataset.table)
+            held.enter_context(made.locked())
+            print(f"new run {made.path}: {len(dataset)} {dataset.kind} of {dataset.name} {list(dataset.shape)}, on {device}")
+            return made
         run.rewind(step if saved else -1)
         run_dir.write_config(run.path, preset, config, dataset.shape, facts, classes, dataset.table)
         print(f"continuing {run.path} after step {step}" if saved else f"{run.path} has no checkpoint yet: starting it over")
+        return run
+
+    run = distributed.by_first(begin)
+    if before != now:
+        print(
+            f"trained by {before} process{'es' * (before > 1)} so far, by {now} from here on. The same to rounding: weights,"
+            " optimisers, averages, order of the data, noise. Not the same: dropout draws anew; BatchNorm without --sync-batch-norm"
+            f" and minibatch features see {config.batch_size // now} samples at a time in place of {config.batch_size // before}"
+        )
     if engine.why:
         print(f"engine {engine.name}: {engine.why}")
     if config.precision == "bf16" and device.type == "cpu":
@@ -153,6 +173,16 @@ def prepare(preset: str, config: TrainConfig, held: contextlib.ExitStack) -> Rea
             print(f"note: bfloat16 products take {cost:.1f} times as long as float32 ones on this CPU; --precision fp32 is faster")
     seconds = max((row.get("time_s", 0.0) for row in run.rows()), default=0.0)
     return Ready(config, trainer, batches, dataset, classes, run, seconds, engine)
+
+
+def claim(
+    preset: str, config: TrainConfig, held: contextlib.ExitStack
+) -> tuple[RunDir | None, Path | None, dict[str, Any], list[str]]:
+    """The run to continue, locked; its newest checkpoint that is whole, with what that holds; and what is said of damaged ones."""
+    run, found = find_run(preset, config)
+    if run is not None and not config.dry_run:
+        held.enter_context(run.locked())
+    return (run, *(checkpoint.load_newest(found) if found else (None, {}, [])))
 
 
 def load_data(config: TrainConfig) -> data.Dataset:
@@ -191,8 +221,8 @@ def find_run(preset: str, config: TrainConfig) -> tuple[RunDir | None, list[Path
     return run, found
 
 
-def restore(trainer: Trainer, batches: data.Batches, saved: Path, state: dict[str, Any]) -> None:
-    """Load the state of the checkpoint `saved` into trainer and sampler."""
+def restore(trainer: Trainer, batches: data.Batches, saved: Path, state: dict[str, Any]) -> int:
+    """Load the state of the checkpoint `saved` into trainer and sampler; returns how many processes had trained it."""
     device = state.pop("device", None)
     if device != trainer.device.type:
         raise ValueError(f"resume: device must be {device}, whose random state {saved} holds, got {trainer.device.type}")
@@ -200,7 +230,9 @@ def restore(trainer: Trainer, batches: data.Batches, saved: Path, state: dict[st
     if position.keys() != batches.state_dict().keys():
         raise ValueError(f"resume: {saved} must hold the data's {', '.join(batches.state_dict())}, got {', '.join(position)}")
     batches.load_state_dict(position)
+    streams = {key: state.pop(key) for key in list(state) if key.startswith("rank")}
     trainer.load_state_dict(state)
+    return distributed.set_streams(streams, trainer.device, trainer.config.seed, trainer.steps_done)
 
 
 def versions() -> dict[str, str]:
@@ -228,3 +260,9 @@ def describe(preset: str, config: TrainConfig, trainer: Trainer, dataset: data.D
         print(f"  {op:<22} {name:<10} {why}")
     where = f"a new directory under {config.outdir}" if run is None else f"{run.path}, continued after step {trainer.steps_done}"
     print(f"\nwould train into {where}; nothing was written")
+
+
+if __name__ == "__main__":  # torchrun -m gankern.cli.train
+    from gankern.cli.main import train_main
+
+    raise SystemExit(train_main())

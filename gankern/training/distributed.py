@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -86,6 +86,13 @@ def gather(t: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def broadcast_(tensors: Iterable[Tensor]) -> None:
+    """Make the tensors those of the first process."""
+    for t in tensors if joined() else ():
+        dist.broadcast(t, 0)
+
+
+@torch.no_grad()
 def average_(tensors: list[Tensor]) -> None:
     """Make each tensor the mean over the processes, by one sum of them all."""
     if joined() and tensors:
@@ -155,10 +162,15 @@ def together() -> Iterator[None]:
 
 def by_first(make: Callable[[], T]) -> T:
     """make() of the first process, for all. What it raises ends all, as under `together`."""
-    value: Any = None
+    value: list[Any] = [None]
     with together():
-        value = make() if rank() == 0 else None
-    return everyone(value)[0]
+        value = [make()] if rank() == 0 else value
+    if joined():
+        try:
+            dist.broadcast_object_list(value)
+        except RuntimeError as error:
+            raise lost(error) from error
+    return value[0]
 
 
 # --- random states
@@ -178,11 +190,17 @@ def streams(device: torch.device) -> dict[str, Tensor]:
     return {f"rank{r}.{name}": state for r, states in enumerate(everyone(own)) if r for name, state in states.items()}
 
 
-def set_streams(saved: dict[str, Tensor], device: torch.device, seed: int, step: int) -> None:
-    """Go on with what `streams` gave for as many processes; for another number of them each gets a new stream."""
-    if rank() and len({key.partition(".")[0] for key in saved}) + 1 == world_size():
+def set_streams(saved: dict[str, Tensor], device: torch.device, seed: int, step: int) -> int:
+    """Go on with what `streams` gave for as many processes; for another number of them each gets a new stream.
+
+    Returns:
+        Of how many processes it was.
+    """
+    count = 1 + len({key.partition(".")[0] for key in saved})
+    if rank() and count == world_size():
         torch.set_rng_state(saved[f"rank{rank()}.default"])
         if device.type == "cuda":
             torch.cuda.set_rng_state(saved[f"rank{rank()}.cuda"], device)
     else:
         seed_own(seed, step)
+    return count

@@ -40,7 +40,7 @@ class Trainer:
         capturable: whether all that changes from step to step is kept in tensors, as a CUDA graph needs it. None: on CUDA.
 
     Where torch.distributed is initialised, the trainers of all processes make each step together, as one would with the batches of
-    all: see `gankern.training.distributed`. They must be made alike and begin with the same weights.
+    all: see `gankern.training.distributed`. They must be made alike; they begin with the weights of the first.
 
     Random numbers: z and the penalty's points come from `self.rng`, seeded with config.seed + 1; dropout from PyTorch's default
     generator. Both are in `state_dict`, so that a resumed run repeats an uninterrupted one, on the CPU bit for bit.
@@ -72,6 +72,8 @@ class Trainer:
         self.clock = torch.zeros((), device=self.device) if capturable else None  # steps_done, for what a graph replays
         self.techniques = techniques.wanted(self)
         self._used = tuple(self.techniques.values())
+        begun = [value for model in self._models().values() for value in model.state_dict().values()]
+        distributed.broadcast_([*begun, *self._lasting().values()])
 
     def step(self, real: Tensor, *labels: Tensor) -> dict[str, Tensor]:
         """n_critic updates of the critic, one of the generator.
