@@ -25,7 +25,7 @@ from gankern.training import TrainConfig
 
 
 class Trial(NamedTuple):
-    """One seed of one row: numbers by metric, seconds of training (on a CPU the process's own), samples for the figure, one a look."""
+    """One seed of one row: numbers by metric, seconds of training (on a CPU the process's own), samples for the figure, by look."""
 
     numbers: dict[str, float]
     seconds: float
