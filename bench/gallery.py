@@ -102,8 +102,8 @@ def page(entries: list[dict[str, Any]]) -> str:
     lines = [
         "# Gallery",
         "",
-        "Written by `python -m bench.gallery`, on one CPU core. Under each picture: its command, the processor time it took,",
-        f"and of {SAMPLES} samples what the bundled classifier says: its mean confidence in the digit it sees (of real ones 0.995),",
+        "Written by `python -m bench.gallery`, on one CPU core. Under each picture: its command, the processor time it took, and",
+        f"of {SAMPLES} samples what the bundled classifier says: its mean confidence in the digit it sees (of real ones 0.995),",
         "the share of the digit that it sees least often (of real ones 8.9 %), and for conditional presets how often it is the one",
         "that was asked for. The convolutional ones have half the width of their presets or less, and larger rates, so that ten",
         "minutes of a CPU are enough.",
