@@ -30,7 +30,7 @@ STEPS = {
     "dcgan": 6000,
     "cgan": 12000,
     "wgan-gp": 6000,
-    "sngan": 3000,
+    "sngan": 1000,
     "lsgan": 6000,
     "hinge": 6000,
     "rsgan": 6000,
