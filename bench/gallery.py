@@ -86,7 +86,7 @@ def judged(path: Path) -> dict[str, Any]:
     trained = Trained(path)
     samples = trained.sample(SAMPLES, seed=1)
     if samples.shape[-1] != 28:
-        samples = torch.nn.functional.interpolate(samples, (28, 28), mode="bilinear", antialias=True)
+        samples = torch.nn.functional.interpolate(samples, (28, 28), mode="bilinear", antialias=True).clamp(-1.0, 1.0)
     verdict = judge_digits(samples)
     numbers = {"confidence": round(verdict.confidence, 3), "rarest_class": round(verdict.shares.min().item(), 4)}
     if trained.run.classes:
