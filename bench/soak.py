@@ -51,7 +51,7 @@ def watch(steps: int, out: Path) -> list[Point]:
         while run.poll() is None:
             time.sleep(0.2)
             step = last_step(log)
-            if step * TENTHS // steps <= len(points) or len(points) == TENTHS - 1 and step < steps * 0.99:
+            if step * TENTHS // steps <= len(points) or (len(points) == TENTHS - 1 and step < steps * 0.99):
                 continue
             status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
             now = cpu_seconds(process)

@@ -35,7 +35,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=["dots", pytest.param("ring", marks=pytest.mark.long)])
 def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Images, or points, which have a film and modes.jsonl. One run has been made of them, so that a forked process begins at once."""
+    """Images, or points, which have a film and modes.jsonl; one run has been made, so that a forked process begins at once."""
     out, source = tmp_path_factory.mktemp("data"), request.param
     if source == "dots":
         source = str(out / "dots.npz")
@@ -70,9 +70,10 @@ def status_of(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def results(out: Path) -> dict[str, Any]:
-    """What the only run under `out` leaves, without clock times, TensorBoard's files, whose names are times, and its own path."""
-    (run,) = (path for path in out.iterdir() if not path.name.startswith(".tmp-"))
+def results(out: Path, steps: int) -> dict[str, Any]:
+    """What the only run under `out` leaves: without clock times and its own path, TensorBoard's files, whose names are times, and
+    checkpoints before the last one, of which there may be more."""
+    (run,) = out.glob("0*")
     found: dict[str, Any] = {}
     for path in run.iterdir():
         if path.suffix == ".jsonl":
@@ -80,7 +81,7 @@ def results(out: Path) -> dict[str, Any]:
             found[path.name] = [{k: v for k, v in row.items() if k not in ("time_s", "images_per_s")} for row in rows]
         elif path.name == "config.json":
             found[path.name] = path.read_text().replace(str(out), "")
-        elif path.name != ".lock" and "tfevents" not in path.name:
+        elif path.suffix in (".png", ".gif") or path.name == f"checkpoint-{steps:06d}.safetensors":
             found[path.name] = path.read_bytes()
     return found
 
@@ -90,12 +91,20 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
     assert [name for name in a if a[name] != b[name]] == []
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.long)])
-def test_killed_run_ends_as_an_undisturbed_one(kills: int, data: str, tmp_path: Path) -> None:
-    """SIGKILL after a random number of further steps, and a random time on."""
+@pytest.mark.parametrize(
+    ("kills", "number"),
+    [
+        (5, signal.SIGKILL),
+        (3, signal.SIGTERM),
+        pytest.param(50, signal.SIGKILL, marks=pytest.mark.long),
+        pytest.param(20, signal.SIGTERM, marks=pytest.mark.long),
+    ],
+)
+def test_killed_run_ends_as_an_undisturbed_one(kills: int, number: signal.Signals, data: str, tmp_path: Path) -> None:
+    """A signal after a random number of further steps, and a random time on."""
     steps, whole, cut = 6 * kills, tmp_path / "whole", tmp_path / "cut"
     assert status_of(fork(data, whole, steps)) == 0
-    want = results(whole)
+    want = results(whole, steps)
     assert {"log.jsonl", "losses.png", "fakes000008.png", f"checkpoint-{steps:06d}.safetensors"} <= want.keys()
     assert (data == "ring") == ({"modes.jsonl", "training.gif"} <= want.keys())
     chance = random.Random(kills)
@@ -108,10 +117,10 @@ def test_killed_run_ends_as_an_undisturbed_one(kills: int, data: str, tmp_path: 
         while rows() < target:
             time.sleep(0.001)
         time.sleep(chance.uniform(0.0, 0.05))
-        os.kill(child, signal.SIGKILL)
-        assert status_of(child) == -signal.SIGKILL, "it was done before"
+        os.kill(child, number)
+        assert status_of(child) in (-number, 128 + number), "it was done before"
     assert status_of(fork(data, cut, steps)) == 0
-    assert_same(results(cut), want)
+    assert_same(results(cut, steps), want)
 
 
 def operations(out: Path, at: int) -> Callable[[], None]:
@@ -137,13 +146,13 @@ def test_kill_at_a_file_operation(stride: int, data: str, tmp_path: Path) -> Non
     """Every `stride`-th: opening, renaming, removing, of all files of a run; and again at the same place of the resumed one."""
     steps, whole = 2 * EVERY + 1, tmp_path / "whole"
     assert status_of(fork(data, whole, steps)) == 0
-    want, at, killed = results(whole), stride, True
+    want, at, killed = results(whole, steps), stride, True
     while killed:
         out = tmp_path / f"killed{at}"
         out.mkdir()
         killed = status_of(fork(data, out, steps, operations(out, at))) == -signal.SIGKILL
         assert status_of(fork(data, out, steps, operations(out, at))) in (0, -signal.SIGKILL)
         assert status_of(fork(data, out, steps)) == 0
-        assert_same(results(out), want)
+        assert_same(results(out, steps), want)
         at += stride
     assert at > 60
