@@ -42,7 +42,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
         try:
             save_file(tensors, temporary, {KEY: f"{zlib.crc32(content.encode()):08x}{content}"})
         except SafetensorError as error:
-            raise OSError(f"{path}: {error}") from error
+            raise OSError(str(error)) from error
+        temporary.chmod(0o644)  # as other files; safetensors leaves them to their owner
 
 
 def load(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Any]:

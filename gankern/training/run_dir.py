@@ -19,7 +19,7 @@ from gankern import checks
 from gankern.data import Table
 from gankern.training import checkpoint
 from gankern.training.config import TrainConfig
-from gankern.training.files import TEMPORARY, locked, replacing, sync
+from gankern.training.files import TEMPORARY, locked, named, replacing, sync
 
 OP = "run"
 CONFIG, LOG, MODES = "config.json", "log.jsonl", "modes.jsonl"
@@ -124,7 +124,7 @@ class RunDir:
     # --- log
 
     def log(self, row: dict[str, float], name: str = LOG) -> None:
-        with (self.path / name).open("a") as file:
+        with named(self.path / name), (self.path / name).open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def rows(self, name: str = LOG) -> list[dict[str, float]]:
