@@ -50,7 +50,7 @@ class Watcher(Protocol):
 class Stop:
     """Notes the first SIGINT or SIGTERM, so that the loop ends after its step; the second one acts as usual.
 
-    Of several processes any may get it, and torchrun sends one more to each: they end together, after `agree`.
+    Of several processes any may get it, and torchrun sends one more to each: they end together, where all ask whether it is `over`.
     """
 
     def __init__(self) -> None:
@@ -73,11 +73,11 @@ class Stop:
             self.signal = number
             self.__exit__()
 
-    def agree(self, over: bool) -> bool:
-        """Whether the first process says that it is over; and the signal that any process has got."""
-        answers = distributed.everyone((self.noted, over))
+    def over(self, ended: bool) -> bool:
+        """Whether any process has got a signal, or the first one says that the run has ended."""
+        answers = distributed.everyone((self.noted, ended))
         self.signal = max(noted for noted, _ in answers)
-        return answers[0][1]
+        return bool(self.signal) or answers[0][1]
 
 
 def watchers(ready: Ready) -> list[Watcher]:
@@ -94,19 +94,15 @@ def fit(preset: str, ready: Ready) -> int:
     with Stop() as stop, reporter:
         if trainer.steps_done == 0:
             reporter.begin()
-        while trainer.steps_done < config.steps and not (stop.signal or reporter.bad or ended):
-            done = trainer.steps_done
-            events = [config.steps, *(next_multiple(done, every) for every in periods)]
-            engine.step(most=min(events) - done)
-            step, last = trainer.steps_done, trainer.steps_done == config.steps
-            if step not in events:
-                continue
+        while trainer.steps_done < config.steps and not stop.over(bool(reporter.bad or ended)):
+            advance(ready, periods, stop)
             reporter.streams = distributed.streams(trainer.device)
+            step, last = trainer.steps_done, trainer.steps_done == config.steps
             if last or step % config.log_every == 0:
                 reporter.log()
             for watcher in looking:
                 if last or step % watcher.every == 0:
-                    ended = ended or watcher.look(reporter)
+                    ended = ended or distributed.alone()(watcher.look)(reporter)
             saving = bool(config.checkpoint_every and step % config.checkpoint_every == 0) and not last
             drawing = last or bool(config.sample_every and step % config.sample_every == 0)
             if (saving or drawing) and not reporter.settle():  # else never saved: the last checkpoint stays good
@@ -114,7 +110,6 @@ def fit(preset: str, ready: Ready) -> int:
                     reporter.sample(f"fakes{step:06d}.png")
                 if saving:
                     reporter.save()
-            stop.agree(bool(reporter.bad or ended))
         reporter.film()
         if reporter.settle():
             print(f"gankern-train: training diverged: {reporter.bad}; the log stops before it", file=sys.stderr)
@@ -134,21 +129,20 @@ def fit(preset: str, ready: Ready) -> int:
 
 def follow(ready: Ready) -> int:
     """The loop of the processes beside the first, which alone writes: the same steps, and an end where it says so."""
-    config, trainer, over = ready.config, ready.trainer, False
-    periods = distributed.everyone([1])[0]
+    periods = distributed.everyone([0])[0]
     with Stop() as stop:
-        while trainer.steps_done < config.steps and not (stop.signal or over):
-            done = trainer.steps_done
-            events = [config.steps, *(next_multiple(done, every) for every in periods)]
-            ready.engine.step(most=min(events) - done)
-            if trainer.steps_done in events:
-                distributed.streams(trainer.device)
-                over = stop.agree(False)
+        while ready.trainer.steps_done < ready.config.steps and not stop.over(False):
+            advance(ready, periods, stop)
+            distributed.streams(ready.trainer.device)
     return 0
 
 
-def next_multiple(step: int, every: int) -> int:
-    return (step // every + 1) * every
+def advance(ready: Ready, periods: list[int], stop: Stop) -> None:
+    """Make steps until there is something to do, which is every so many steps, or the signal to stop."""
+    trainer = ready.trainer
+    goal = min([ready.config.steps, *((trainer.steps_done // every + 1) * every for every in periods)])
+    while trainer.steps_done < goal and not stop.signal:
+        ready.engine.step(most=goal - trainer.steps_done)
 
 
 class Reporter:

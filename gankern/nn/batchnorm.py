@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gankern import checks
-from gankern.ops._all_reduce import AllReduce
+from gankern.ops._all_reduce import AllReduce, joined
 from gankern.ops._layout import accumulate
 from gankern.ops.bn_lrelu import bn_lrelu
 
@@ -118,7 +118,7 @@ class SyncBatchNormLeakyReLU(_LeakyReLU, nn.SyncBatchNorm):
 
     def _group(self) -> Any:
         """The processes whose batches count together; None if there is no other one."""
-        if not (self.training and torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not (self.training and joined()):
             return None
         group = self.process_group or torch.distributed.group.WORLD
         return group if torch.distributed.get_world_size(group) > 1 else None

@@ -1,12 +1,33 @@
-"""The sum over processes, in place and as a differentiable function."""
+"""Whether there are several processes, and the sum over them, in place and as a differentiable function."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+
+_alone = False
+
+
+def joined() -> bool:
+    """Whether there is a process group, be it of one process, and this is not `alone`."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and not _alone
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """For what one process does while the others wait: inside there is no group."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def sum_(t: Tensor, group: Any = None) -> Tensor:

@@ -23,7 +23,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gankern import checks
-from gankern.ops._all_reduce import AllReduce, lost, sum_
+from gankern.ops._all_reduce import AllReduce, alone, joined, lost, sum_
+
+__all__ = [
+    "alone",
+    "average_",
+    "broadcast_",
+    "by_first",
+    "check",
+    "draw",
+    "everyone",
+    "gather",
+    "joined",
+    "mean",
+    "own_device",
+    "rank",
+    "seed_own",
+    "session",
+    "set_streams",
+    "shard",
+    "streams",
+    "together",
+    "world_size",
+]
 
 if TYPE_CHECKING:
     from gankern.training.config import TrainConfig
@@ -31,11 +53,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # The longest that a process may be waited for, while the first one measures or draws pictures. One that ends is noticed at once.
 TIMEOUT = timedelta(minutes=30)
-
-
-def joined() -> bool:
-    """Whether there is a process group, be it of one process."""
-    return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
