@@ -87,7 +87,7 @@ def watchers(ready: Ready) -> list[Watcher]:
 
 def fit(preset: str, ready: Ready) -> int:
     """The loop: steps, log, looks, pictures, checkpoints. Returns the exit status."""
-    config, trainer, run, engine = ready.config, ready.trainer, ready.run, ready.engine
+    config, trainer, run = ready.config, ready.trainer, ready.run
     reporter, looking, ended = Reporter(ready), [w for w in watchers(ready) if w.every], ""
     periods = [every for every in (config.log_every, config.sample_every, config.checkpoint_every) if every]
     periods = distributed.everyone(periods + [watcher.every for watcher in looking])[0]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-
 _alone = False
 
 
