@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,3 +92,14 @@ def test_losses_are_copied_without_waiting_for_later_work() -> None:
         pending.append(losses.request())
     assert all(p.rows.is_pinned() for p in pending)
     assert [p.read().values["d_loss"] for p in pending] == list(range(1, 12))
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+def test_graph_holds_the_sums_over_processes(tmp_path: Path) -> None:
+    """Of one process: NCCL takes a GPU for each."""
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        both_engines("wgan-gp")
+    finally:
+        torch.distributed.destroy_process_group()
