@@ -13,6 +13,8 @@ commands:
   train PRESET ...   train a GAN; also called gankern-train
   sample RUN ...     draw samples from a run: a picture, a folder of pictures, a .npz or a .csv
   presets            list the presets
+  report RUN ...     write one page about a run: samples over time, curves, settings; several runs are compared
+  watch RUN          serve that page while the run trains
   explain LOSS       what an objective minimises, the values to expect in the log, signs of failure; without LOSS all are listed
   doctor             versions, devices, what is built, and what each op runs on
   reproduce TABLE    run a published table again, with a verdict
@@ -38,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": _train,
         "sample": _sample,
         "presets": _presets,
+        "report": _report,
+        "watch": _watch,
         "explain": _explain,
         "doctor": _doctor,
         "bench": _bench,
@@ -65,7 +69,8 @@ def _call(prog: str, command: Callable[..., int], *arguments: object) -> int:
 
 
 def _no_command(name: str) -> int:
-    raise Refused(f"command must be train, sample, presets, explain, doctor, reproduce or bench, got {name!r} (see gankern --help)")
+    known = "train, sample, presets, report, watch, explain, doctor, reproduce or bench"
+    raise Refused(f"command must be {known}, got {name!r} (see gankern --help)")
 
 
 def _train(arguments: list[str]) -> int:
@@ -84,6 +89,18 @@ def _presets(arguments: list[str]) -> int:
     from gankern.cli import train
 
     return train.list_presets(arguments)
+
+
+def _report(arguments: list[str]) -> int:
+    from gankern.cli import report
+
+    return report.command(arguments)
+
+
+def _watch(arguments: list[str]) -> int:
+    from gankern.cli import watch
+
+    return watch.command(arguments)
 
 
 def _explain(arguments: list[str]) -> int:

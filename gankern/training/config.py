@@ -23,7 +23,7 @@ else:
 
 # What a resumed run may set anew: none of these changes a weight, and steps only says where to stop.
 MAY_CHANGE = frozenset(
-    {"outdir", "steps", "device", "engine", "log_every", "sample_every", "checkpoint_every", "keep", "resume", "dry_run"}
+    {"outdir", "steps", "device", "engine", "log_every", "sample_every", "checkpoint_every", "keep", "resume", "dry_run", "report"}
 )
 
 
@@ -68,6 +68,9 @@ class TrainConfig:
     """never; auto (continue the newest run of this preset and data under the outdir, if any); or a run directory or checkpoint."""
     dry_run: bool = False
     """Print settings, models, device and backends, then stop. Writes nothing."""
+
+    report: bool = True
+    """Write report.html when the run has ended: samples over time, curves, settings; also by gankern report."""
 
     size: int = 0
     """Side of the square training images. 0: as the data are."""

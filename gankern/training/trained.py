@@ -7,13 +7,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gankern import checks
+from gankern import checks, data
 from gankern.models import sample_latent
 from gankern.training import checkpoint, run_dir
+from gankern.training.config import TrainConfig
 from gankern.training.presets import PRESETS
 from gankern.training.trainer import generate
 
 OP = "run"
+
+
+def load_data(config: TrainConfig) -> data.Dataset:
+    """The data of a run.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, OSError: see `gankern.data.load`.
+    """
+    size, channels, limit = (value or None for value in (config.size, config.channels, config.limit))
+    return data.load(config.data, size=size, channels=channels, limit=limit, seed=config.seed)
 
 
 class Trained:
@@ -25,6 +36,7 @@ class Trained:
 
     Attributes:
         run: the run directory.
+        path: the checkpoint.
         step: of the checkpoint.
         source: "ema" or "generator", whose weights they are.
         generator: z [B, z_dim] (and classes [B]) -> samples [B, *run.shape].
@@ -42,7 +54,7 @@ class Trained:
             checks.fail(ValueError, OP, str(self.run.path), f"be of a known preset ({', '.join(PRESETS)})", repr(self.run.preset))
         if weights == "ema" and config.ema == 0.0:
             checks.fail(ValueError, OP, "weights", f"be auto or last: {self.run.path} was trained without EMA", repr(weights))
-        self.step = run_dir.step_of(saved)
+        self.path, self.step = saved, run_dir.step_of(saved)
         self.source = "ema" if weights != "last" and config.ema > 0.0 else "generator"
         head = f"{self.source}."
         state = checkpoint.load(saved, (head,))
