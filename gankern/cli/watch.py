@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import sys
 import threading
 import time
+import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from gankern.cli.common import Parser, Refused, need, refusing
 from gankern.data import Dataset
 from gankern.report import Shown, main, page
-from gankern.report.facts import Facts
+from gankern.report.facts import Facts, numbers
 from gankern.report.shown import show
 from gankern.training import run_dir
 from gankern.training.trained import load_data
@@ -48,6 +50,10 @@ def command(arguments: list[str]) -> int:
 class Server(ThreadingHTTPServer):
     daemon_threads = True
 
+    def handle_error(self, *_: object) -> None:
+        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):  # the browser went away
+            traceback.print_exc()
+
 
 class Live:
     """A run that may be training: what is costly is kept until its files change.
@@ -57,7 +63,7 @@ class Live:
     """
 
     def __init__(self, path: Path) -> None:
-        self.run = run_dir.RunDir(path)
+        self.path = run_dir.RunDir(path).path
         self.lock = threading.Lock()
         self.dataset: Dataset | None = None
         self.asked: Path | None = None  # the checkpoint that `last` tells of
@@ -66,7 +72,7 @@ class Live:
     def version(self) -> str:
         """Another string whenever a file of the run has changed."""
         facts = []
-        for path in sorted(self.run.path.iterdir()):
+        for path in sorted(self.path.iterdir()):
             try:
                 facts.append((path.name, path.stat().st_mtime_ns))
             except OSError:  # removed meanwhile
@@ -75,30 +81,25 @@ class Live:
 
     def state(self) -> dict[str, str]:
         """What the page polls: its version, and in words how far the training is."""
-        rows = self.run.rows()
-        step, steps = int(rows[-1]["step"]) if rows else 0, self.run.config.steps
-        try:
-            age = time.time() - (self.run.path / run_dir.LOG).stat().st_mtime
-        except OSError:
-            age = 0.0
-        words = f"live: step {step} of {steps}"
-        if step >= steps:
-            words = f"finished: {steps} steps"
-        elif age > QUIET_S:
+        run = run_dir.RunDir(self.path)
+        rows, steps = numbers(run, run_dir.LOG), run.config.steps
+        step = int(rows[-1]["step"]) if rows else 0
+        words = f"live: step {step} of {steps}" if step < steps else f"finished: {steps} steps"
+        age = time.time() - (self.path / (run_dir.LOG if rows else run_dir.CONFIG)).stat().st_mtime
+        if step < steps and age > QUIET_S:
             words += f"; nothing new for {age:.0f} s"
         return {"version": self.version(), "words": words}
 
     def shown(self) -> Shown:
         """The run as it is now; its newest checkpoint is asked once."""
         with self.lock:
-            saved = run_dir.locate(self.run.path)[1]
+            run, saved = run_dir.locate(self.path)
             if saved is not None and saved != self.asked:
                 if self.dataset is None:
                     with contextlib.suppress(OSError, ValueError, TypeError, RuntimeError):  # `show` finds it again and says it
-                        self.dataset = load_data(self.run.config)
+                        self.dataset = load_data(run.config)
                 self.last, self.asked = show(saved, self.dataset), saved
-            facts = Facts(self.run)
-            return show(self.run.path) if self.last is None else self.last._replace(facts=facts)
+            return show(self.path) if self.last is None else self.last._replace(facts=Facts(run))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -113,17 +114,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         port = self.server.server_port  # type: ignore[attr-defined]
-        if self.headers.get("Host", "") not in {f"{HOST}:{port}", f"localhost:{port}"}:
-            self.answer(403, "text/plain", f"Host must be {HOST}:{port}\n")
-        elif self.path == "/":
-            version = self.live.version()
-            self.answer(200, "text/html", page([self.live.shown()], version))
-        elif self.path == "/main.html":
-            self.answer(200, "text/html", main([self.live.shown()]))
-        elif self.path == "/state.json":
-            self.answer(200, "application/json", json.dumps(self.live.state()))
-        else:
-            self.answer(404, "text/plain", "there is only /\n")
+        try:
+            if self.headers.get("Host", "") not in {f"{HOST}:{port}", f"localhost:{port}"}:
+                self.answer(403, "text/plain", f"Host must be {HOST}:{port}\n")
+            elif self.path == "/":
+                version = self.live.version()
+                self.answer(200, "text/html", page([self.live.shown()], version))
+            elif self.path == "/main.html":
+                self.answer(200, "text/html", main([self.live.shown()]))
+            elif self.path == "/state.json":
+                self.answer(200, "application/json", json.dumps(self.live.state()))
+            else:
+                self.answer(404, "text/plain", "there is only /\n")
+        except (FileNotFoundError, ValueError) as error:  # the run was removed
+            self.answer(503, "text/plain", f"{error}\n")
 
     def answer(self, status: int, kind: str, text: str) -> None:
         body = text.encode()

@@ -109,7 +109,9 @@ def _figure(
     alt: str,
     words: str = "",
 ) -> str:
-    keys = "".join(f'<span class="key c{one.colour % COLOURS}">{html.escape(one.name)}</span>' for one in series)
+    keys = "".join(
+        f'<span class="key c{one.colour % COLOURS}">{html.escape(one.name)}</span>' for one in series if one.name != title
+    )
     grid = [f'<path class="grid" d="M0 {_at(v, y, HEIGHT, True):.1f}H{WIDTH}"/>' for v in _ticks(*y)]
     rows = "".join(f'<span style="top:{_at(v, y, 100, True):.2f}%">{number(v)}</span>' for v in _ticks(*y))
     columns = "".join(f'<span style="left:{_at(v, x, 100):.2f}%">{number(v)}</span>' for v in _ticks(*x))

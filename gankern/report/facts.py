@@ -64,7 +64,7 @@ class Facts:
     def __init__(self, run: RunDir, frames: int = MOST_FRAMES) -> None:
         self.run, self.config = run, run.config
         self.content: dict[str, Any] = json.loads((run.path / CONFIG).read_text())
-        self.rows = _numbers(run, LOG)
+        self.rows = numbers(run, LOG)
         found = [(s, p) for s, p in run.fakes() if s <= self.config.steps]
         if len(found) > frames:
             found = [found[round(i * (len(found) - 1) / (frames - 1))] for i in range(frames)]
@@ -101,12 +101,12 @@ class Facts:
         hidden = {"step", "time_s"} | (set() if self.scores else {"d_loss", "d_real", "d_fake"})
         names |= {"modes": "modes found", "high_quality": "share of samples within 3 s.d. of a mode", "reverse_kl": "reverse KL"}
         curves = {}
-        for rows in (self.rows, _numbers(self.run, MODES)):
+        for rows in (self.rows, numbers(self.run, MODES)):
             for key in dict.fromkeys(key for row in rows for key in row if key not in hidden):
                 curves[key] = _curve(names.get(key, key.replace("_", " ")), rows, key)
         for path in sorted(self.run.path.glob("metric-*.jsonl")):
             name = path.stem.removeprefix("metric-")
-            rows = [row for row in _numbers(self.run, path.name) if "value" in row]
+            rows = [row for row in numbers(self.run, path.name) if "value" in row]
             if rows:
                 curves[path.stem] = _curve(name, rows, "value")
         return curves
@@ -121,7 +121,7 @@ def _curve(name: str, rows: list[dict[str, float]], key: str) -> Curve:
     return Curve(name, [int(row["step"]) for row in rows], [row[key] for row in rows])
 
 
-def _numbers(run: RunDir, name: str) -> list[dict[str, float]]:
+def numbers(run: RunDir, name: str) -> list[dict[str, float]]:
     """The finite numbers of each row that has a step."""
     found = []
     for row in run.rows(name):

@@ -22,6 +22,7 @@ from gankern.training.presets import PRESETS
 
 HERE = Path(__file__).parent
 PIXELS = 480  # pictures of images up to this wide are enlarged without blur
+SPEED = "images_per_s"
 TOGETHER = (("losses", ("d_loss", "g_loss")), ("what the critic says", ("d_real", "d_fake")))  # one chart, of a single run
 
 
@@ -97,7 +98,7 @@ def _head(runs: Sequence[Shown]) -> str:
 def _facts(run: Shown) -> dict[str, str]:
     facts, content = run.facts, run.facts.content
     count = content.get(facts.noun)
-    speeds = sorted(facts.curves["images_per_s"].values) if "images_per_s" in facts.curves else []
+    speeds = sorted(facts.curves[SPEED].values) if SPEED in facts.curves else []
     versions = content.get("versions")
     return {
         "preset": facts.run.preset,
@@ -150,19 +151,22 @@ def _film(runs: Sequence[Shown]) -> str:
             f'max="{len(steps) - 1}" value="{len(steps) - 1}" aria-label="training step of the samples" '
             f'data-steps="{json.dumps(steps)}"><output id="step-now" for="step">step {number(steps[-1])}</output></div>'
         )
-    return _section("samples", "Samples over time", f'{slider}<div class="pictures">{"".join(figures)}</div>' if figures else "")
+    return _section(
+        "samples",
+        "Samples over time",
+        f'{slider}<div class="pictures" style="--n: {max(len(runs), 2)}">{"".join(figures)}</div>' if figures else "",
+    )
 
 
 def _events(runs: Sequence[Shown]) -> str:
     parts = []
     for run in runs:
         rows = "".join(
-            f'<tr><td>step {_e(row.get("step", "?"))}</td><th scope="row" class="warn">{_e(row["kind"])}</th>'
-            f"<td>{_e(row.get('saw', ''))}</td><td>{_e(row.get('try', ''))}</td></tr>"
+            f'<li><span class="warn">step {_e(row.get("step", "?"))}: {_e(row["kind"])}</span>: {_e(row.get("saw", ""))}'
+            f"<br>To try: {_e(row.get('try', 'nothing known'))}</li>"
             for row in run.facts.events
         )
-        head = "<thead><tr><th>when</th><th>what</th><th>what was seen</th><th>what to try</th></tr></thead>"
-        parts.append(f'<table class="events">{head}<tbody>{rows}</tbody></table>' if rows else "")
+        parts.append(f"<ul>{rows}</ul>" if rows else "")
     return _section("health", "Health", _each(runs, parts, "wide"))
 
 
@@ -190,7 +194,7 @@ def _curves(runs: Sequence[Shown]) -> str:
         for title, group in TOGETHER:
             charts.append(chart.curves(title, {i: logged[key] for i, key in enumerate(group) if key in logged}))
             keys = [key for key in keys if key not in group]
-    for key in keys:
+    for key in sorted(keys, key=SPEED.__eq__):  # that comes last
         found = {i: run.facts.curves[key] for i, run in enumerate(runs) if key in run.facts.curves}
         title = " / ".join(dict.fromkeys(curve.name for curve in found.values()))
         if len(runs) > 1:

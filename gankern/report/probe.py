@@ -138,7 +138,7 @@ def _scores(trained: Trained, dataset: Dataset) -> Scores | None:
     rows = torch.linspace(0, len(dataset) - 1, count).long()
     real = [to_float(dataset.samples[rows])]
     fake = [trained.sample(count, SEED)]
-    if run.classes:
+    if run.classes and not getattr(critic, "classifies", False):  # one that tells the classes is not told them
         assert dataset.labels is not None
         real.append(dataset.labels[rows])
         fake.append(torch.arange(count) % run.classes)
