@@ -90,7 +90,7 @@ def refused(capsys: Capture, status: int, prog: str = "gankern-train") -> str:
 
 def test_run_directory_holds_what_it_promises(run: Path) -> None:
     names = {p.name for p in run.iterdir() if not p.name.startswith("events.out.tfevents.")}
-    pictures = {"reals.png", "fakes_init.png", "fakes000010.png", "fakes000020.png", "losses.png"}
+    pictures = {"reals.png", "fakes_init.png", "fakes000010.png", "fakes000020.png", "losses.png", "report.html"}
     assert names == {"config.json", "log.jsonl", "checkpoint-000016", "checkpoint-000020"} | pictures
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [6, 12, 18, 20]

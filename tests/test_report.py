@@ -66,7 +66,7 @@ def test_a_run_ends_with_a_page_that_refers_to_nothing_outside(trained: Path) ->
     for words in (
         "gan on dots",
         "20 of 20",
-        "60 images of 1 × 6 × 6",
+        "60 images of 1×6×6",
         f"torch {torch.__version__}",
         "gankern explain non-saturating",
     ):

@@ -83,7 +83,9 @@ def _head(runs: Sequence[Shown]) -> str:
     if len(runs) == 1:
         run = runs[0].facts
         words = f"<p>{_e(PRESETS[run.run.preset].summary)}</p>" if run.run.preset in PRESETS else ""
-        cells = "".join(f"<div><dt>{_e(name)}</dt><dd>{_e(value)}</dd></div>" for name, value in facts[0].items())
+        cells = "".join(
+            f"<div><dt>{_e(name)}</dt><dd>{_e(value)}</dd></div>" for name, value in facts[0].items() if name != "preset"
+        )
         notes = f'<p class="warn">{_e(runs[0].note)}</p>' if runs[0].note else ""
         return f"<header><h1>{_e(_title(run))}</h1>{words}{notes}<dl>{cells}</dl></header>"
     names = "".join(f'<th scope="col">{_key(run, i)}</th>' for i, run in enumerate(runs))
@@ -103,7 +105,7 @@ def _facts(run: Shown) -> dict[str, str]:
     return {
         "preset": facts.run.preset,
         "data": f"{content.get('data_name', facts.config.data)}: {number(count) if isinstance(count, int) else '?'} {facts.noun} "
-        f"of {' × '.join(map(str, facts.run.shape))}",
+        f"of {'×'.join(map(str, facts.run.shape))}",
         "steps": f"{number(facts.step)} of {number(facts.config.steps)}",
         "training time": _time(facts.seconds),
         "speed (median)": f"{number(round(speeds[len(speeds) // 2]))} {facts.noun}/s" if speeds else "not logged",
