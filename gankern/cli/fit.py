@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gankern import data
+from gankern.cli.boards import Boards
 from gankern.cli.explain import Reader
 from gankern.cli.progress import Progress
 from gankern.models import sample_latent
@@ -23,6 +24,9 @@ from gankern.training import PRESETS, TrainConfig, Trainer, pictures
 from gankern.training.graph import Eager, Pending
 from gankern.training.run_dir import MODES, RunDir
 from gankern.training.views import coverage_of, view_of
+
+# The group of each column of log.jsonl on a board; the other columns are those of techniques.
+TAGS = {"d_loss": "loss", "g_loss": "loss", "d_real": "score", "d_fake": "score"}
 
 
 class Ready(NamedTuple):
@@ -123,11 +127,9 @@ def next_multiple(step: int, every: int) -> int:
 
 
 class Reporter:
-    """All that a run writes: log.jsonl, TensorBoard events, pictures, checkpoints, and the progress line."""
+    """All that a run writes: log.jsonl, boards, pictures, checkpoints, and the progress line."""
 
     def __init__(self, ready: Ready) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.config, self.trainer, self.batches, self.run = ready.config, ready.trainer, ready.batches, ready.run
         self.engine, self.seconds = ready.engine, ready.seconds
         config, trainer = self.config, self.trainer
@@ -137,7 +139,7 @@ class Reporter:
         self.labels = [torch.arange(self.view.count) % ready.classes] if ready.classes else []
         self.z = sample_latent(self.view.count, config.z_dim, config.latent, latents)
         first = trainer.steps_done
-        self.board = SummaryWriter(str(self.run.path), purge_step=first + 1 if first else None)
+        self.board = Boards(self.run, config, first)
         self.progress = Progress(config.steps, first, config.batch_size, Reader(config))
         self.last: dict[str, float] = {}  # row of log.jsonl
         self.saved_step = first or -1
@@ -195,10 +197,8 @@ class Reporter:
         row = {"step": step, "time_s": round(self.seconds, 3), "images_per_s": round(rate, 1), **values}
         self.run.log(row)
         self.last = row
-        for name in ("d_loss", "g_loss"):
-            self.board.add_scalar(f"loss/{name}", row[name], step)
-        for name in ("d_real", "d_fake"):
-            self.board.add_scalar(f"score/{name}", row[name], step)
+        for name, value in values.items():
+            self.board.add_scalar(f"{TAGS.get(name, 'techniques')}/{name}", value, step)
         self.board.add_scalar("speed/images_per_s", row["images_per_s"], step)
         self.progress.update(row)
 
@@ -217,7 +217,7 @@ class Reporter:
 
     def _picture(self, tag: str, name: str, picture: Tensor) -> None:
         pictures.save_png(self.run.path / name, picture)
-        self.board.add_image(tag, picture.numpy(), self.trainer.steps_done, dataformats="HWC")
+        self.board.add_image(tag, picture, self.trainer.steps_done)
 
     def save(self) -> None:
         """A checkpoint of the present step, unless it is there already, and losses.png."""

@@ -23,7 +23,7 @@ else:
 
 # What a resumed run may set anew: none of these changes a weight, and steps only says where to stop.
 MAY_CHANGE = frozenset(
-    {"outdir", "steps", "device", "engine", "log_every", "sample_every", "checkpoint_every", "keep", "resume", "dry_run"}
+    {"outdir", "steps", "device", "engine", "log_every", "sample_every", "checkpoint_every", "keep", "track", "resume", "dry_run"}
 )
 
 
@@ -64,6 +64,9 @@ class TrainConfig:
     """Write the norms of both networks' gradients into log.jsonl too."""
     keep: int = 2
     """Newest checkpoints kept. 0: all."""
+    track: Literal["tensorboard", "wandb", "both", "none"] = "tensorboard"
+    """Where all that is logged and drawn is shown too: tensorboard (event files in the run directory), wandb (Weights & Biases, an
+    extra package; with WANDB_MODE=offline into the run directory only), both, or none."""
     resume: str = "never"
     """never; auto (continue the newest run of this preset and data under the outdir, if any); or a run directory or checkpoint."""
     dry_run: bool = False
