@@ -1,4 +1,4 @@
-"""Entry points: `gankern train|sample|presets|explain|doctor|reproduce|bench` and `gankern-train`."""
+"""Entry points: `gankern train|sample|export|presets|explain|doctor|reproduce|bench` and `gankern-train`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ USAGE = """usage: gankern COMMAND ...
 commands:
   train PRESET ...   train a GAN; also called gankern-train
   sample RUN ...     draw samples from a run: a picture, a folder of pictures, a .npz or a .csv
+  export RUN ...     the generator alone in one file: safetensors, a torch.export program, or ONNX
   presets            list the presets
   explain LOSS       what an objective minimises, the values to expect in the log, signs of failure; without LOSS all are listed
   doctor             versions, devices, what is built, and what each op runs on
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "sample": _sample,
+        "export": _export,
         "presets": _presets,
         "explain": _explain,
         "doctor": _doctor,
@@ -65,7 +67,7 @@ def _call(prog: str, command: Callable[..., int], *arguments: object) -> int:
 
 
 def _no_command(name: str) -> int:
-    raise Refused(f"command must be train, sample, presets, explain, doctor, reproduce or bench, got {name!r} (see gankern --help)")
+    raise Refused(f"command must be train, sample, export, presets, explain, doctor, reproduce or bench, got {name!r} (see gankern --help)")
 
 
 def _train(arguments: list[str]) -> int:
@@ -78,6 +80,12 @@ def _sample(arguments: list[str]) -> int:
     from gankern.cli import sample
 
     return sample.command(arguments)
+
+
+def _export(arguments: list[str]) -> int:
+    from gankern.cli import export
+
+    return export.command(arguments)
 
 
 def _presets(arguments: list[str]) -> int:

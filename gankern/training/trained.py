@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from gankern import checks
 from gankern.models import sample_latent
 from gankern.training import checkpoint, run_dir
+from gankern.training.config import TrainConfig
+from gankern.training.networks import Shape, networks
 from gankern.training.presets import PRESETS
-from gankern.training.trainer import generate
+from gankern.training.trainer import check_entries, generate
 
 OP = "run"
 
@@ -46,9 +48,8 @@ class Trained:
         self.source = "ema" if weights != "last" and config.ema > 0.0 else "generator"
         head = f"{self.source}."
         state = checkpoint.load(saved, (head,))
-        self.generator: nn.Module
-        self.generator, _ = PRESETS[self.run.preset].build(config, self.run.shape, self.run.classes)
-        self.generator.load_state_dict({key.removeprefix(head): v for key, v in state.items() if key.startswith(head)})
+        weights_of = {key.removeprefix(head): value for key, value in state.items() if key.startswith(head)}
+        self.generator = build(config, self.run.shape, self.run.classes, weights_of)
 
     def sample(self, n: int, seed: int = 0, labels: Tensor | None = None) -> Tensor:
         """n samples, float32 [n, *shape] on the CPU.
@@ -57,11 +58,29 @@ class Trained:
             seed: of the latent vectors, and of the dropout where the run keeps it.
             labels: classes, int64 [n]. None: all in turn, where the model has classes.
         """
-        config, device = self.run.config, next(self.generator.parameters()).device
-        inputs = [sample_latent(n, config.z_dim, config.latent, torch.Generator().manual_seed(seed))]
-        if self.run.classes:
-            inputs.append(torch.arange(n) % self.run.classes if labels is None else labels)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            samples = generate(self.generator, *(t.to(device) for t in inputs), dropout=config.sample_dropout)
-        return samples.float().cpu()
+        return draw(self.generator, self.run.config, self.run.classes, n, seed, labels)
+
+
+def build(config: TrainConfig, shape: Shape, classes: int, state: dict[str, Tensor]) -> nn.Module:
+    """The generator of these settings with these weights, on the CPU. Nothing is allocated before they fit, whatever sizes are named.
+
+    Raises:
+        ValueError: an entry is missing, left over, or of another shape or dtype; settings that no network has.
+    """
+    with torch.device("meta"):
+        generator, _ = networks(config, shape, classes)
+    check_entries(state, generator.state_dict())
+    generator.load_state_dict(state, assign=True)
+    return generator
+
+
+def draw(generator: nn.Module, config: TrainConfig, classes: int, n: int, seed: int, labels: Tensor | None) -> Tensor:
+    """See `Trained.sample`."""
+    device = next(generator.parameters()).device
+    inputs = [sample_latent(n, config.z_dim, config.latent, torch.Generator().manual_seed(seed))]
+    if classes:
+        inputs.append(torch.arange(n) % classes if labels is None else labels)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        samples = generate(generator, *(t.to(device) for t in inputs), dropout=config.sample_dropout)
+    return samples.float().cpu()

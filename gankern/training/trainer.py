@@ -194,7 +194,7 @@ class Trainer:
         Raises:
             ValueError: an entry is missing, left over, or of another shape or dtype; nothing has been loaded then.
         """
-        _check_entries(state, self.state_dict())
+        check_entries(state, self.state_dict())
         self.steps_done = state["step"]
         if self.clock is not None:
             self.clock.fill_(self.steps_done)
@@ -287,7 +287,7 @@ def _below(state: dict[str, Any], name: str) -> dict[str, Any]:
     return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
 
-def _check_entries(state: dict[str, Any], want: dict[str, Any]) -> None:
+def check_entries(state: dict[str, Any], want: dict[str, Any]) -> None:
     """Refuse a state that does not have exactly the entries of `want`, with their types, shapes and dtypes."""
     for key in sorted(want.keys() ^ state.keys()):
         checks.fail(ValueError, OP, "state", f"{'have' if key in want else 'not have'} the entry {key}", "another model's state")
