@@ -32,5 +32,7 @@ def command(arguments: list[str]) -> int:
         trained = Trained(Path(options.run), options.weights)
         card = export(trained, out, options.format)
     size = out.stat().st_size / 1e6
-    print(f"the generator of {trained.run.path} after step {trained.step} ({trained.source} weights) in {out}, {size:.2f} MB; {card}")
+    print(
+        f"the generator of {trained.run.path} after step {trained.step} ({trained.source} weights) in {out}, {size:.2f} MB; {card}"
+    )
     return 0

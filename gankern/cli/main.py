@@ -67,7 +67,9 @@ def _call(prog: str, command: Callable[..., int], *arguments: object) -> int:
 
 
 def _no_command(name: str) -> int:
-    raise Refused(f"command must be train, sample, export, presets, explain, doctor, reproduce or bench, got {name!r} (see gankern --help)")
+    raise Refused(
+        f"command must be train, sample, export, presets, explain, doctor, reproduce or bench, got {name!r} (see gankern --help)"
+    )
 
 
 def _train(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""A trained generator alone, in one file: its weights and settings (safetensors), or a program that needs no gankern (pt2, ONNX)."""
+"""A trained generator alone, in one file: weights and settings (safetensors), or a program that needs no gankern (pt2, ONNX)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 
 import gankern
@@ -22,6 +21,7 @@ from gankern.nn.fuse import unfuse
 from gankern.training.config import TrainConfig
 from gankern.training.run_dir import read_facts
 from gankern.training.trained import Trained, build, draw
+from gankern.training.trainer import DROPPING
 
 OP = "export"
 KEY = "gankern"  # of the facts, in the metadata of each format
@@ -85,7 +85,7 @@ def load_generator(path: str | os.PathLike[str]) -> Generator:
 
 
 def export(trained: Trained, path: Path, kind: str) -> Path:
-    """Write the generator to `path` in one of FORMATS, and what a reader must know beside it, in Markdown; returns that file's path.
+    """Write the generator to `path` in one of FORMATS, and beside it a card in Markdown; returns the card's path.
 
     pt2 and onnx hold the plain network, without gankern's ops, for batches of any size. Dropout is off, unless the run keeps it
     when samples are drawn (sample_dropout).
@@ -151,7 +151,7 @@ def _program(trained: Trained, plain: nn.Module) -> torch.export.ExportedProgram
     for module in plain.modules():
         if parametrize.is_parametrized(module):
             parametrize.remove_parametrizations(module, "weight")
-        module.training = config.sample_dropout and isinstance(module, _DropoutNd)
+        module.training = config.sample_dropout and isinstance(module, DROPPING)
     named = (_NamedConditional if run.classes else _Named)(plain)
     inputs = [torch.zeros(2, config.z_dim), *([torch.zeros(2, dtype=torch.int64)] if run.classes else [])]
     batch = torch.export.Dim("batch", min=1)
@@ -205,7 +205,8 @@ def _card(trained: Trained, file: str, kind: str, facts: dict[str, Any], plain: 
     ]
     if kind == "safetensors":
         lines += [
-            "Without gankern: build these PyTorch layers under these names, and load the weights with `safetensors.torch.load_file`.",
+            "Without gankern: build these layers in PyTorch under these names, and load the weights with "
+            "`safetensors.torch.load_file`. LinearLeakyReLU is Linear, then LeakyReLU.",
             *("", "```", str(plain), "```", ""),
         ]
     changed = {name: value for name, value in facts["settings"].items() if value != getattr(TrainConfig, name)}

@@ -116,18 +116,28 @@ class RunDir:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def rows(self, name: str = LOG) -> list[dict[str, float]]:
-        """The rows of log.jsonl, or of modes.jsonl; a last line cut short by a crash is left out."""
+        """The rows of log.jsonl, or of modes.jsonl, up to the first line that is none, such as one cut short by a crash."""
         path = self.path / name
         rows = []
         for line in path.read_text().splitlines() if path.exists() else ():
             try:
-                rows.append(json.loads(line))
-            except ValueError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                break
+            rows.append(row)
         return rows
 
     def rewind(self, step: int) -> None:
-        """Forget log rows, pictures and checkpoints after `step`, which the resumed run writes anew, and leavings of a crash."""
+        """Forget log rows, pictures and checkpoints after `step`, which the resumed run writes anew, and leavings of a crash.
+
+        Raises:
+            ValueError: a symbolic link is there: what is written under its name would go elsewhere.
+        """
+        for path in self.path.iterdir():
+            if path.is_symlink():
+                checks.fail(ValueError, OP, str(self.path), "hold no symbolic link when it is continued", path.name)
         for later in [p for s, p in self.checkpoints() if s > step] + [*self.path.glob(".tmp-*"), *self.path.glob(".old-*")]:
             shutil.rmtree(later)
         for later in [p for s, p in self.fakes() if s > step]:

@@ -62,14 +62,14 @@ class Trained:
 
 
 def build(config: TrainConfig, shape: Shape, classes: int, state: dict[str, Tensor]) -> nn.Module:
-    """The generator of these settings with these weights, on the CPU. Nothing is allocated before they fit, whatever sizes are named.
+    """The generator of these settings with these weights, on the CPU. Nothing is allocated before they are found to fit.
 
     Raises:
         ValueError: an entry is missing, left over, or of another shape or dtype; settings that no network has.
     """
     with torch.device("meta"):
         generator, _ = networks(config, shape, classes)
-    check_entries(state, generator.state_dict())
+    check_entries(state, generator.state_dict(), "generator")
     generator.load_state_dict(state, assign=True)
     return generator
 
