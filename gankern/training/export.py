@@ -129,8 +129,8 @@ def _facts(trained: Trained) -> dict[str, Any]:
     return facts | ({} if run.table is None else {"table": run.table._asdict()})
 
 
-class _Named(nn.Module):
-    """The generator, its inputs named z and labels."""
+class _Unconditional(nn.Module):
+    """A network whose input has a name, which becomes that of the program."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -140,7 +140,11 @@ class _Named(nn.Module):
         return self.network(z)
 
 
-class _NamedConditional(_Named):
+class _Conditional(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         return self.network(z, labels)
 
@@ -152,7 +156,7 @@ def _program(trained: Trained, plain: nn.Module) -> torch.export.ExportedProgram
         if parametrize.is_parametrized(module):
             parametrize.remove_parametrizations(module, "weight")
         module.training = config.sample_dropout and isinstance(module, DROPPING)
-    named = (_NamedConditional if run.classes else _Named)(plain)
+    named = (_Conditional if run.classes else _Unconditional)(plain)
     inputs = [torch.zeros(2, config.z_dim), *([torch.zeros(2, dtype=torch.int64)] if run.classes else [])]
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():

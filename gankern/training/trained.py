@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gankern import checks
 from gankern.models import sample_latent
@@ -67,11 +69,20 @@ def build(config: TrainConfig, shape: Shape, classes: int, state: dict[str, Tens
     Raises:
         ValueError: an entry is missing, left over, or of another shape or dtype; settings that no network has.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         generator, _ = networks(config, shape, classes)
     check_entries(state, generator.state_dict(), "generator")
     generator.load_state_dict(state, assign=True)
     return generator
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves normal_ out: on the meta device it fills nothing, and imports for a second."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (Tensor.normal_, nn.init.normal_):
+            return (*args, *(kwargs or {}).values())[0]
+        return function(*args, **(kwargs or {}))
 
 
 def draw(generator: nn.Module, config: TrainConfig, classes: int, n: int, seed: int, labels: Tensor | None) -> Tensor:
