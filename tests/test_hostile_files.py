@@ -31,13 +31,14 @@ import gankern
 from gankern.cli.common import Refused, refusing
 from gankern.cli.train import prepare
 from gankern.data import Batches, Dataset, load
-from gankern.training import PRESETS, TrainConfig
+from gankern.training import PRESETS, TrainConfig, checkpoint
 from gankern.training.export import KEY
 from gankern.training.run_dir import RunDir
 from gankern.training.trained import Trained
 from tests import small
 
 GIB = 1 << 30
+CHECKPOINT = "checkpoint-000001.safetensors"
 
 
 class Harm:
@@ -71,8 +72,8 @@ def harm(box: Path) -> Harm:
 
 def train_on(box: Path, source: Path) -> None:
     """As gankern-train does."""
-    with refusing():
-        prepare("gan", TrainConfig(data=str(source), outdir=str(box.parent / "runs"), device="cpu"))
+    with refusing(), contextlib.ExitStack() as held:
+        prepare("gan", TrainConfig(data=str(source), outdir=str(box.parent / "runs"), device="cpu"), held)
 
 
 def zeros(count: int) -> bytes:
@@ -251,10 +252,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = RunDir.create("gan", config, "noise", small.shape(config), {})
     t = small.trainer(config)
     t.step(torch.zeros(config.batch_size, *small.shape(config)))
-    run.save(
-        t.state_dict() | {"device": "cpu", "time_s": 1.0} | {f"data.{k}": v for k, v in small.batches(config).state_dict().items()},
-        0,
-    )
+    position = {f"data.{key}": value for key, value in small.batches(config).state_dict().items()}
+    run.save(t.state_dict() | position | {"device": "cpu"}, 0)
     return run.path
 
 
@@ -272,7 +271,7 @@ HEADERS = {
 @pytest.mark.parametrize("name", HEADERS)
 def test_safetensors(name: str, box: Path, whole: Path) -> None:
     shutil.copytree(whole, box / "run")
-    tensors = box / "run/checkpoint-000001/tensors.safetensors"
+    tensors = box / "run" / CHECKPOINT
     tensors.write_bytes(HEADERS[name])
     with pytest.raises(Refused, match="checkpoint"), refusing():
         Trained(box / "run")
@@ -357,42 +356,49 @@ def test_state_of_a_resumed_run(box: Path, whole: Path) -> None:
     config = json.loads((whole / "config.json").read_text())
     config["settings"]["data"] = str(noise)
 
-    def resume(state: str) -> None:
+    def resume(**changes: Any) -> None:
         shutil.rmtree(box / "run", ignore_errors=True)
         shutil.copytree(whole, box / "run")
         (box / "run/config.json").write_text(json.dumps(config))
-        (box / "run/checkpoint-000001/state.json").write_text(state)
+        checkpoint.save(box / "run" / CHECKPOINT, checkpoint.load(whole / CHECKPOINT) | changes)  # with good checksums
         settings = TrainConfig.from_json(config["settings"] | {"resume": str(box / "run"), "steps": 9, "device": "cpu"})
-        with refusing():
-            prepare("gan", settings)
+        with refusing(), contextlib.ExitStack() as held:
+            prepare("gan", settings, held)
 
-    good = json.loads((whole / "checkpoint-000001/state.json").read_text())
-    resume(json.dumps(good))  # the others differ from this one alone
-    for state, sentence in (
-        ("[" * 10**6, "must be undamaged"),
-        (json.dumps([]), "must have format 1"),
-        (json.dumps(good | {"step": "1"}), "step must be an int"),
-        (json.dumps(good | {"more": 1}), "state must not have the entry more"),
-        (json.dumps(good | {"time_s": []}), "time_s .* must be a number of seconds"),
-        (json.dumps(good | {"data.position": -7}), "position must be a finite number >= 0"),
-        (json.dumps(good | {"data.epoch": [1]}), "epoch must be an int"),
-        (json.dumps(good | {"device": "cuda"}), "device must be cuda"),
+    resume()  # the others differ from this one alone
+    for key, value, sentence in (
+        ("step", "1", "step must be an int"),
+        ("more", 1, "state must not have the entry more"),
+        ("generator.0.weight", torch.zeros(1), "generator.0.weight must be torch.float32"),
+        ("rng.noise", torch.zeros(5056, dtype=torch.uint8), ""),
+        ("data.position", -7, "position must be a finite number >= 0"),
+        ("data.epoch", [1], "epoch must be an int"),
+        ("data.generator", torch.zeros(3, dtype=torch.uint8), ""),
+        ("device", "cuda", "device must be cuda"),
     ):
-        with pytest.raises(Refused, match=sentence):
-            resume(state)
+        with pytest.raises(Refused, match=sentence or None):
+            resume(**{key: value})
+
+
+def test_words_of_a_checkpoint(box: Path, whole: Path) -> None:
+    """What is no tensor, with a good checksum."""
+    for text in ("[" * 10**6, "[]", "3", '{"format": 2}', '{"format": 2, "state": [1], "crc32": {}}', '{"format": []}'):
+        save_file({"a": torch.zeros(1)}, box / "x", {checkpoint.KEY: f"{zlib.crc32(text.encode()):08x}{text}"})
+        with pytest.raises(ValueError, match=r"^checkpoint: .* must "):
+            checkpoint.load(box / "x")
 
 
 def test_links_in_a_run_that_is_continued(box: Path, whole: Path) -> None:
     """What is written under the name of a link would go elsewhere."""
     other = box / "other"
-    for name in ("log.jsonl", ".config.json", "reals.png"):
+    for name in ("log.jsonl", ".lock", ".tmp-config.json", "reals.png"):
         other.write_text("mine")
         shutil.rmtree(box / "run", ignore_errors=True)
         shutil.copytree(whole, box / "run")
         (box / "run" / name).unlink(missing_ok=True)
         (box / "run" / name).symlink_to(other)
         with pytest.raises(ValueError, match=f"must hold no symbolic link when it is continued, got {name}"):
-            RunDir(box / "run").rewind(1)
+            RunDir(box / "run").locked()
         assert other.read_text() == "mine"
 
 
@@ -401,7 +407,7 @@ def test_log_with_other_lines(box: Path, whole: Path) -> None:
     for line in ("[" * 10**5, "[1]", "3", '{"step": "x"}', "{}", "not JSON"):
         (box / "run/log.jsonl").write_text('{"step": 1, "d_loss": 2}\n' + line + '\n{"step": 2}\n')
         run = RunDir(box / "run")
-        assert run.rows() == [{"step": 1, "d_loss": 2}]
+        assert run.rows() == [{"step": 1, "d_loss": 2}, {"step": 2}]
         run.rewind(1)
         assert (box / "run/log.jsonl").read_text() == '{"step": 1, "d_loss": 2}\n'
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from gankern import checks
 from gankern.data import NAMES, Table
 from gankern.nn.fuse import unfuse
 from gankern.training.config import TrainConfig
+from gankern.training.files import replacing
 from gankern.training.run_dir import read_facts
 from gankern.training.trained import Trained, build, draw
 from gankern.training.trainer import DROPPING
@@ -98,12 +98,11 @@ def export(trained: Trained, path: Path, kind: str) -> Path:
     if kind == "onnx" and trained.run.config.sample_dropout:
         checks.fail(ValueError, OP, "format", "be safetensors or pt2 for a run with --sample-dropout", kind)
     facts = _facts(trained)
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in trained.generator.state_dict().items()}
+    plain = unfuse(build(trained.run.config, trained.run.shape, trained.run.classes, state)).eval()
+    card = path.with_name(f"{path.name}.md")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
-        temporary, card = Path(folder) / f"generator.{kind}", Path(folder) / "card.md"
-        state = {key: value.detach().cpu().clone().contiguous() for key, value in trained.generator.state_dict().items()}
-        plain = unfuse(build(trained.run.config, trained.run.shape, trained.run.classes, state)).eval()
-        card.write_text(_card(trained, path.name, kind, facts, plain))
+    with replacing(path) as temporary:
         if kind == "safetensors":
             from safetensors.torch import save_file
 
@@ -114,9 +113,10 @@ def export(trained: Trained, path: Path, kind: str) -> Path:
                 torch.export.save(program, temporary, extra_files={f"{KEY}.json": json.dumps(facts)})
             else:
                 _save_onnx(program, temporary, facts)
-        os.replace(temporary, path)
-        os.replace(card, path.with_name(f"{path.name}.md"))
-    return path.with_name(f"{path.name}.md")
+        temporary.chmod(0o644)  # as other files; safetensors leaves them to their owner
+    with replacing(card) as temporary:
+        temporary.write_text(_card(trained, path.name, kind, facts, plain))
+    return card
 
 
 def _facts(trained: Trained) -> dict[str, Any]:

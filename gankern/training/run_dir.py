@@ -1,7 +1,7 @@
 """RunDir: the directory of one training run, `00000-gan-mnist-b64`, and all that is read from and written to it.
 
 config.json (preset, settings, versions), log.jsonl, reals.png, fakes_init.png, fakes%06d.png, losses.png,
-checkpoint-%06d/, TensorBoard event files; of points and tables training.gif, of mixtures modes.jsonl too.
+checkpoint-%06d.safetensors, TensorBoard event files; of points and tables training.gif, of mixtures modes.jsonl too.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import json
 import os
 import re
 import shutil
+import socket
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +19,12 @@ from gankern import checks
 from gankern.data import Table
 from gankern.training import checkpoint
 from gankern.training.config import TrainConfig
+from gankern.training.files import TEMPORARY, locked, named, replacing, sync
 
 OP = "run"
 CONFIG, LOG, MODES = "config.json", "log.jsonl", "modes.jsonl"
 _RUN = re.compile(r"(\d{5,})-")
-_CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
+_CHECKPOINT = re.compile(r"checkpoint-(\d{6,})\.safetensors")
 _FAKES = re.compile(r"fakes(_init|\d{6,})\.png")
 
 
@@ -67,15 +70,19 @@ class RunDir:
         outdir.mkdir(parents=True, exist_ok=True)
         slug = re.sub(r"[^a-z0-9]+", "-", f"{preset}-{data_name}-b{config.batch_size}".lower()).strip("-")
         number = max((n for n, _ in _numbered(outdir)), default=-1) + 1
+        temporary = outdir / f"{TEMPORARY}{socket.gethostname()}-{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write_config(temporary, preset, config, shape, facts, classes, table)
         while True:
             path = outdir / f"{number:05d}-{slug}"
             try:
-                path.mkdir()
-                break
-            except FileExistsError:  # another run took it meanwhile
-                number += 1
-        write_config(path, preset, config, shape, facts, classes, table)
-        return cls(path)
+                temporary.rename(path)
+                return cls(path)
+            except OSError:
+                if not path.exists():
+                    raise
+                number += 1  # another run took it meanwhile
 
     @classmethod
     def newest(cls, outdir: Path, preset: str, data: str) -> RunDir | None:
@@ -93,61 +100,61 @@ class RunDir:
                 return cls(path)
         return None
 
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the run, which nobody else may then continue.
+
+        Raises:
+            ValueError: another process holds it; or a symbolic link is there: what is written under its name would go elsewhere.
+        """
+        for path in self.path.iterdir():
+            if path.is_symlink():
+                checks.fail(ValueError, OP, str(self.path), "hold no symbolic link when it is continued", path.name)
+        return locked(self.path, OP)
+
     # --- checkpoints
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """(step, path) of every complete checkpoint, oldest first."""
-        found = ((_CHECKPOINT.fullmatch(p.name), p) for p in self.path.iterdir() if p.is_dir())
+        """(step, path) of every checkpoint, oldest first."""
+        found = ((_CHECKPOINT.fullmatch(p.name), p) for p in self.path.iterdir())
         return sorted((int(match[1]), p) for match, p in found if match)
 
     def save(self, state: dict[str, Any], keep: int) -> Path:
-        """Write a checkpoint of state["step"] and remove all but the newest `keep` (0: none)."""
-        path = self.path / f"checkpoint-{state['step']:06d}"
+        """Write a checkpoint of state["step"], after the logs, and remove all but the newest `keep` (0: none)."""
+        path = self.path / f"checkpoint-{state['step']:06d}.safetensors"
+        for log in self.path.glob("*.jsonl"):
+            sync(log)
         checkpoint.save(path, state)
         older = [p for step, p in self.checkpoints() if step < state["step"]]
         for p in older[: max(len(older) + 1 - keep, 0)] if keep else ():
-            shutil.rmtree(p)
+            p.unlink()
         return path
 
     # --- log
 
     def log(self, row: dict[str, float], name: str = LOG) -> None:
-        with (self.path / name).open("a") as file:
+        with named(self.path / name), (self.path / name).open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def rows(self, name: str = LOG) -> list[dict[str, float]]:
-        """The rows of log.jsonl, or of modes.jsonl, up to the first line that is none, such as one cut short by a crash."""
+        """The rows of log.jsonl, or of another log; what a crash left unreadable is left out."""
         path = self.path / name
         rows = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+            with suppress(ValueError, RecursionError):
                 row = json.loads(line)
-            except (ValueError, RecursionError):
-                break
-            if not isinstance(row, dict) or type(row.get("step")) is not int:
-                break
-            rows.append(row)
+                if isinstance(row, dict) and type(row.get("step")) is int:
+                    rows.append(row)
         return rows
 
     def rewind(self, step: int) -> None:
-        """Forget log rows, pictures and checkpoints after `step`, which the resumed run writes anew, and leavings of a crash.
-
-        Raises:
-            ValueError: a symbolic link is there: what is written under its name would go elsewhere.
-        """
-        for path in self.path.iterdir():
-            if path.is_symlink():
-                checks.fail(ValueError, OP, str(self.path), "hold no symbolic link when it is continued", path.name)
-        for later in [p for s, p in self.checkpoints() if s > step] + [*self.path.glob(".tmp-*"), *self.path.glob(".old-*")]:
-            shutil.rmtree(later)
-        for later in [p for s, p in self.fakes() if s > step]:
-            later.unlink()
-        for name in (LOG, MODES):
-            kept = [json.dumps(row) + "\n" for row in self.rows(name) if row["step"] <= step]
-            if (self.path / name).exists():
-                temporary = self.path / f".{name}"
-                temporary.write_text("".join(kept))
-                os.replace(temporary, self.path / name)
+        """Forget log rows, pictures and checkpoints after `step`, which the resumed run writes anew, and leavings of a crash."""
+        later = [p for s, p in self.checkpoints() + self.fakes() if s > step]
+        for path in [*later, *self.path.glob(f"{TEMPORARY}*")]:
+            path.unlink()
+        for path in self.path.glob("*.jsonl"):
+            kept = "".join(json.dumps(row) + "\n" for row in self.rows(path.name) if row["step"] <= step)
+            with replacing(path) as temporary:
+                temporary.write_text(kept)
 
     # --- pictures
 
@@ -171,9 +178,8 @@ def write_config(
     content = {"preset": preset, "shape": list(shape), "classes": classes, "settings": config.to_json(), **facts}
     if table is not None:
         content["table"] = table._asdict()
-    temporary = path / f".{CONFIG}"
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path / CONFIG)
+    with replacing(path / CONFIG) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def step_of(path: Path) -> int:
@@ -183,19 +189,18 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def locate(path: Path) -> tuple[RunDir, Path | None]:
-    """The run, and its newest checkpoint (None if there is none), of a path that is a run directory or one of its checkpoints.
+def locate(path: Path) -> tuple[RunDir, list[Path]]:
+    """The run, and its checkpoints, newest first, of a path that is a run directory; or that one of a path that is a checkpoint.
 
     Raises:
         ValueError: it is neither.
     """
-    if not path.is_dir():
-        checks.fail(ValueError, OP, str(path), "be a run directory or a checkpoint", "no such directory")
+    if not path.exists():
+        checks.fail(ValueError, OP, str(path), "be a run directory or a checkpoint", "no such path")
     if _CHECKPOINT.fullmatch(path.resolve().name):
-        return RunDir(path.resolve().parent), path
+        return RunDir(path.resolve().parent), [path]
     run = RunDir(path)
-    found = run.checkpoints()
-    return run, found[-1][1] if found else None
+    return run, [saved for _, saved in reversed(run.checkpoints())]
 
 
 def _numbered(outdir: Path) -> list[tuple[int, Path]]:
