@@ -108,6 +108,17 @@ def test_words(tmp_path: Path) -> None:
     assert (event.step, event.tensor_proto.string_val[0]) == (7, b"the critic is too strong")
 
 
+def test_steps_made_again_replace_the_first(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"preset": "gan", "shape": [1, 2, 2], "settings": {}}))
+    boards = Boards(RunDir(tmp_path), TrainConfig(), 0)
+    for step in (1, 2, 3):
+        boards.add_scalar("loss/d_loss", step, step)
+    boards.rewind(1)
+    boards.add_scalar("loss/d_loss", 20, 2)
+    boards.close()
+    assert [(e.step, e.value) for e in events(tmp_path).Scalars("loss/d_loss")] == [(1, 1), (2, 20)]
+
+
 def test_wandb_that_is_missing_or_does_not_start(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -25,12 +26,11 @@ class Boards:
     """
 
     def __init__(self, run: RunDir, config: TrainConfig, first: int) -> None:
+        self.path = run.path
         self.events: Any = None
         self.wandb: Any = None
         if config.track in ("tensorboard", "both"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.events = SummaryWriter(str(run.path), purge_step=first + 1 if first else None)
+            self.events = _events(run.path, first)
         if config.track in ("wandb", "both"):
             import wandb
 
@@ -72,6 +72,12 @@ class Boards:
         if self.wandb is not None:
             self.wandb.log({tag: text, "step": step})
 
+    def rewind(self, step: int) -> None:
+        """The steps after this one are made again."""
+        if self.events is not None:
+            self.events.close()
+            self.events = _events(self.path, step)
+
     def flush(self) -> None:
         if self.events is not None:
             self.events.flush()
@@ -81,3 +87,10 @@ class Boards:
             self.events.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _events(path: Path, step: int) -> Any:
+    """A writer of event files that takes back what is shown of the steps after this one."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(path), purge_step=step + 1 if step else None)
