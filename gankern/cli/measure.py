@@ -27,7 +27,7 @@ class Measure:
             rows, saved = self.run.rows(metric_log(self.config.keep_best)), dict(self.run.checkpoints())
             self.best = min((row for row in rows if row["step"] in saved), key=self.rank, default=None)
             if self.best is not None:
-                self.run.mark_best(self.config.keep_best, self.best)
+                self.run.mark_best(self.config.keep_best, self.best, self.config.keep)
                 self.waited = sum(row["step"] > self.best["step"] for row in rows)
 
     def look(self, reporter: Reporter) -> str:
@@ -68,7 +68,7 @@ class Measure:
         if row is not None and (self.best is None or self.rank(row) < self.rank(self.best)):
             self.best, self.waited = {"step": step, **row}, 0
             reporter.save()
-            self.run.mark_best(name, self.best)
+            self.run.mark_best(name, self.best, self.config.keep)
             return ""
         self.waited += 1
         if self.best is None or not patience or self.waited < patience:

@@ -100,20 +100,24 @@ class RunDir:
         """Write a checkpoint of state["step"] and remove all but the newest `keep` (0: none) and the best one."""
         path = self.path / f"checkpoint-{state['step']:06d}"
         checkpoint.save(path, state)
-        best = (self.path / BEST).resolve()
-        older = [p for step, p in self.checkpoints() if step < state["step"] and p.resolve() != best]
-        for p in older[: max(len(older) + 1 - keep, 0)] if keep else ():
-            shutil.rmtree(p)
+        self._prune(keep)
         return path
 
-    def mark_best(self, metric: str, row: dict[str, float]) -> None:
-        """Have `best` name the checkpoint of row["step"], and best.json say what made it the best."""
+    def _prune(self, keep: int) -> None:
+        best = (self.path / BEST).resolve().name
+        for _, path in self.checkpoints()[:-keep] if keep else ():
+            if path.name != best:
+                shutil.rmtree(path)
+
+    def mark_best(self, metric: str, row: dict[str, float], keep: int) -> None:
+        """Have `best` name the checkpoint of row["step"], and best.json say what made it the best; `keep` as in `save`."""
         link, facts = self.path / f".{BEST}", self.path / f".{BEST}.json"
         link.unlink(missing_ok=True)
         link.symlink_to(f"checkpoint-{row['step']:06d}")
         os.replace(link, self.path / BEST)
         facts.write_text(json.dumps({"metric": metric, "step": row["step"], "value": row["value"]}) + "\n")
         os.replace(facts, self.path / f"{BEST}.json")
+        self._prune(keep)
 
     # --- log
 
