@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -43,6 +42,10 @@ def rows(run: Path, name: str) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in ("seconds", "time_s", "images_per_s")} for row in found]
 
 
+def saved(run: Path, step: int) -> Path:
+    return run / f"checkpoint-{step:06d}.safetensors"
+
+
 def state(path: Path) -> dict[str, Any]:
     return {key: value for key, value in checkpoint.load(path).items() if key != "time_s"}
 
@@ -76,7 +79,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_weights_are_those_of_a_run_without_metrics(measured: Path, tmp_path: Path) -> None:
     assert train(tmp_path, "--steps 12") == 0
-    assert_same_state(measured / "checkpoint-000012", tmp_path / NAME / "checkpoint-000012")
+    assert_same_state(saved(measured, 12), saved(tmp_path / NAME, 12))
     assert rows(measured, "log.jsonl") == rows(tmp_path / NAME, "log.jsonl")
     assert not [*(tmp_path / NAME).glob("metric-*"), *(tmp_path / NAME).glob("best*")]
 
@@ -86,7 +89,7 @@ def test_resumed_run_has_the_rows_and_the_weights_of_a_whole_one(first: int, mea
     assert train(tmp_path, f"--steps {first}", METRIC_FLAGS) == 0
     (tmp_path / NAME / "metric-fid.jsonl").open("a").write('{"step": 11, "val')  # as a crash leaves it
     assert train(tmp_path, "--steps 12 --resume auto", METRIC_FLAGS) == 0
-    assert_same_state(measured / "checkpoint-000012", tmp_path / NAME / "checkpoint-000012")
+    assert_same_state(saved(measured, 12), saved(tmp_path / NAME, 12))
     for log in sorted(p.name for p in measured.glob("metric-*.jsonl")):
         last = [first] if first % 4 else []  # the last step of the first part had a look too
         assert rows(tmp_path / NAME, log) == sorted(
@@ -271,13 +274,12 @@ def test_best_checkpoint_is_kept(scripted: Callable[[Sequence[float]], None], tm
     out = capsys.readouterr().out
     assert "metrics: fid 6; 5 looks, " in out
     assert f"best: fid 3 after step 4, {run / 'best'}\n" in out
-    found, path = locate(run / "best")
+    found, (path,) = locate(run / "best")
     assert found.path == run.resolve()
-    assert path is not None
     assert checkpoint.load(path)["step"] == 4
-    for name in ("best", "checkpoint-000004"):
-        assert main(["sample", str(run / name), "--n", "9", "--out", str(tmp_path / f"{name}.npz")]) == 0
-    with np.load(tmp_path / "best.npz") as best, np.load(tmp_path / "checkpoint-000004.npz") as same:
+    for name, source in (("best", run / "best"), ("same", saved(run, 4))):
+        assert main(["sample", str(source), "--n", "9", "--out", str(tmp_path / f"{name}.npz")]) == 0
+    with np.load(tmp_path / "best.npz") as best, np.load(tmp_path / "same.npz") as same:
         np.testing.assert_array_equal(best["samples"], same["samples"])
     # a resumed run goes on from what is there: 3.5 is no better, 2 is
     scripted([3.5, 2.0])
@@ -285,7 +287,7 @@ def test_best_checkpoint_is_kept(scripted: Callable[[Sequence[float]], None], tm
     assert kept(run) == [4, 12]
     assert train(tmp_path, "--steps 14 --keep 1 --resume auto", FID) == 0
     assert kept(run) == [14]
-    assert (run / "best").resolve().name == "checkpoint-000014"
+    assert (run / "best").resolve() == saved(run, 14).resolve()
 
 
 def test_best_that_lies_after_the_step_of_a_resume_is_forgotten(
@@ -294,10 +296,9 @@ def test_best_that_lies_after_the_step_of_a_resume_is_forgotten(
     scripted([5.0, 4.0, 3.0])
     assert train(tmp_path, "--steps 6 --keep 0", FID) == 0
     run = tmp_path / NAME
-    shutil.rmtree(run / "checkpoint-000002")
-    earlier = run / "checkpoint-000004"
+    saved(run, 2).unlink()
     scripted([7.0])
-    assert train(tmp_path, f"--steps 6 --keep 0 --resume {earlier}", FID) == 0
+    assert train(tmp_path, f"--steps 6 --keep 0 --resume {saved(run, 4)}", FID) == 0
     assert json.loads((run / "best.json").read_text()) == {"metric": "fid", "step": 4, "value": 4.0}
     RunDir(run).rewind(3)
     assert not [*run.glob("best*"), *run.glob("checkpoint*")]
@@ -313,6 +314,28 @@ def test_link_that_a_crash_lost_is_made_again(scripted: Callable[[Sequence[float
     assert train(tmp_path, "--steps 6 --keep 1 --resume auto", FID) == 0
     assert json.loads((run / "best.json").read_text())["step"] == 4
     assert kept(run) == [4, 6]
+
+
+def test_crash_before_the_best_checkpoint_is_written(
+    scripted: Callable[[Sequence[float]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(path: Path, state: dict[str, Any]) -> None:
+        if state["step"] == 6:
+            raise KeyboardInterrupt
+        write(path, state)
+
+    write = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", crash)
+    scripted([5.0, 4.0, 3.0])
+    assert train(tmp_path, "--steps 8 --keep 1", FID) != 0
+    run = tmp_path / NAME
+    assert kept(run) == [4]
+    monkeypatch.setattr(checkpoint, "save", write)
+    scripted([6.0, 7.0])
+    assert train(tmp_path, "--steps 8 --keep 1 --resume auto", FID) == 0
+    assert kept(run) == [4, 8]
+    assert json.loads((run / "best.json").read_text()) == {"metric": "fid", "step": 4, "value": 4.0}
+    assert (run / "best").resolve() == saved(run, 4).resolve()
 
 
 def test_early_end(scripted: Callable[[Sequence[float]], None], tmp_path: Path, capsys: Capture) -> None:

@@ -95,7 +95,7 @@ def fit(preset: str, ready: Ready) -> int:
                 if last or step % watcher.every == 0:
                     ended = ended or watcher.look(reporter)
             last = last or bool(ended)
-            saving = last or bool(config.checkpoint_every and step % config.checkpoint_every == 0)
+            saving = not last and bool(reporter.best or (config.checkpoint_every and step % config.checkpoint_every == 0))
             drawing = last or bool(config.sample_every and step % config.sample_every == 0)
             if (saving or drawing) and reporter.settle():
                 break  # never saved: the last checkpoint stays good
@@ -103,6 +103,7 @@ def fit(preset: str, ready: Ready) -> int:
                 reporter.sample(f"fakes{step:06d}.png")
             if saving:
                 reporter.save()
+        reporter.film()
         if reporter.settle():
             print(f"gankern-train: training diverged: {reporter.bad}; the log stops before it", file=sys.stderr)
             return 1
@@ -113,8 +114,7 @@ def fit(preset: str, ready: Ready) -> int:
         print(f"ended after step {trainer.steps_done}, all saved: {ended}")
         return 0
     if trainer.steps_done < config.steps:
-        words = ["gankern-train", preset, *flags(preset, dataclasses.replace(config, resume=str(run.path)))]
-        print(f"stopped after step {trainer.steps_done}, all saved; to resume: {shlex.join(words)}")
+        print(f"stopped after step {trainer.steps_done}, all saved; to resume: {to_resume(preset, ready)}")
         return 128 + stop.signal
     losses = f": {Reader(config).losses(reporter.last)}" if reporter.last else ""
     where = f"samples: {run.path / f'fakes{config.steps:06d}.png'}; more: gankern sample {run.path}"
@@ -148,6 +148,7 @@ class Reporter:
         self.logged_step = first
         self.pending: list[Pending] = []
         self.closing: dict[str, str] = {}  # what watchers have to say at the end
+        self.best: tuple[str, dict[str, float]] | None = None  # metric and row that make this step the best, to be saved
         self.bad = ""  # what was not finite, and at which step
         self.mark = time.perf_counter()
 
@@ -155,12 +156,9 @@ class Reporter:
         self.progress.__enter__()
         return self
 
-    def __exit__(self, fault: object, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.progress.__exit__()
         self.board.close()
-        frames = [path for _, path in self.run.fakes()]
-        if frames and fault is None and self.dataset.kind != "images":
-            pictures.animate(self.run.path / "training.gif", frames)
 
     @contextlib.contextmanager
     def off_the_clock(self) -> Any:
@@ -230,20 +228,31 @@ class Reporter:
         pictures.save_png(self.run.path / name, picture)
         self.board.add_image(tag, picture.numpy(), self.trainer.steps_done, dataformats="HWC")
 
+    def film(self) -> None:
+        """training.gif, of points and tables."""
+        frames = [path for _, path in self.run.fakes()]
+        if frames and self.dataset.kind != "images":
+            pictures.animate(self.run.path / "training.gif", frames)
+
     def save(self) -> None:
-        """A checkpoint of the present step, unless it is there already, and losses.png."""
+        """losses.png, and a checkpoint of the present step, unless it is there already: the last file, as a finished run stays as
+        it is."""
         step = self.trainer.steps_done
         if step == self.saved_step:
             return
-        seconds = self.trained()
         with self.off_the_clock():
-            state = self.trainer.state_dict() | {f"data.{k}": v for k, v in self.batches.state_dict().items()}
-            self.run.save(state | {"device": self.trainer.device.type, "time_s": seconds}, self.config.keep)
             rows = self.run.rows()
             if rows:
                 pictures.plot_losses(self.run.path / "losses.png", rows, self.run.path.name, self.progress.reader.names)
             self.board.flush()
-        self.saved_step = step
+            state = self.trainer.state_dict() | {f"data.{k}": v for k, v in self.batches.state_dict().items()}
+            self.run.save(state | {"device": self.trainer.device.type}, self.config.keep, self.best)
+        self.saved_step, self.best = step, None
+
+
+def to_resume(preset: str, ready: Ready) -> str:
+    """The command that continues the run."""
+    return shlex.join(["gankern-train", preset, *flags(preset, dataclasses.replace(ready.config, resume=str(ready.run.path)))])
 
 
 def flags(preset: str, config: TrainConfig) -> list[str]:

@@ -27,7 +27,7 @@ class Measure:
             rows, saved = self.run.rows(metric_log(self.config.keep_best)), dict(self.run.checkpoints())
             self.best = min((row for row in rows if row["step"] in saved), key=self.rank, default=None)
             if self.best is not None:
-                self.run.mark_best(self.config.keep_best, self.best, self.config.keep)
+                self.run.mark_best(self.config.keep_best, self.best)
                 self.waited = sum(row["step"] > self.best["step"] for row in rows)
 
     def look(self, reporter: Reporter) -> str:
@@ -63,12 +63,11 @@ class Measure:
         return METRICS[self.config.keep_best].rank(row)
 
     def _judge(self, reporter: Reporter, step: int, row: dict[str, float] | None) -> str:
-        """Keep the checkpoint if it is the best; the reason to end, if it has not been for long enough."""
+        """Have a checkpoint kept if it is the best; the reason to end, if it has not been for long enough."""
         name, patience = self.config.keep_best, self.config.stop_after
         if row is not None and (self.best is None or self.rank(row) < self.rank(self.best)):
             self.best, self.waited = {"step": step, **row}, 0
-            reporter.save()
-            self.run.mark_best(name, self.best, self.config.keep)
+            reporter.best = name, self.best
             return ""
         self.waited += 1
         if self.best is None or not patience or self.waited < patience:

@@ -1,8 +1,8 @@
 """RunDir: the directory of one training run, `00000-gan-mnist-b64`, and all that is read from and written to it.
 
 config.json (preset, settings, versions), log.jsonl, reals.png, fakes_init.png, fakes%06d.png, losses.png,
-checkpoint-%06d/, TensorBoard event files; of points and tables training.gif, of mixtures modes.jsonl too. With --metrics
-metric-NAME.jsonl, and of the best by one of them `best`, a link to its checkpoint, and best.json (metric, step, value).
+checkpoint-%06d.safetensors, TensorBoard event files; of points and tables training.gif, of mixtures modes.jsonl too. With --metrics
+metric-NAME.jsonl; with --keep-best `best`, a link to the best checkpoint, and best.json (metric, step, value).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 import os
 import re
 import shutil
+import socket
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ from gankern import checks
 from gankern.data import Table
 from gankern.training import checkpoint
 from gankern.training.config import TrainConfig
+from gankern.training.files import TEMPORARY, locked, named, replacing, sync
 
 OP = "run"
 CONFIG, LOG, MODES, BEST = "config.json", "log.jsonl", "modes.jsonl", "best"
 _RUN = re.compile(r"(\d{5,})-")
-_CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
+_CHECKPOINT = re.compile(r"checkpoint-(\d{6,})\.safetensors")
 _FAKES = re.compile(r"fakes(_init|\d{6,})\.png")
 
 
@@ -63,15 +66,19 @@ class RunDir:
         outdir.mkdir(parents=True, exist_ok=True)
         slug = re.sub(r"[^a-z0-9]+", "-", f"{preset}-{data_name}-b{config.batch_size}".lower()).strip("-")
         number = max((n for n, _ in _numbered(outdir)), default=-1) + 1
+        temporary = outdir / f"{TEMPORARY}{socket.gethostname()}-{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write_config(temporary, preset, config, shape, facts, classes, table)
         while True:
             path = outdir / f"{number:05d}-{slug}"
             try:
-                path.mkdir()
-                break
-            except FileExistsError:  # another run took it meanwhile
-                number += 1
-        write_config(path, preset, config, shape, facts, classes, table)
-        return cls(path)
+                temporary.rename(path)
+                return cls(path)
+            except OSError:
+                if not path.exists():
+                    raise
+                number += 1  # another run took it meanwhile
 
     @classmethod
     def newest(cls, outdir: Path, preset: str, data: str) -> RunDir | None:
@@ -89,67 +96,75 @@ class RunDir:
                 return cls(path)
         return None
 
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the run, which nobody else may then continue.
+
+        Raises:
+            ValueError: another process holds it.
+        """
+        return locked(self.path, OP)
+
     # --- checkpoints
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """(step, path) of every complete checkpoint, oldest first."""
-        found = ((_CHECKPOINT.fullmatch(p.name), p) for p in self.path.iterdir() if p.is_dir())
+        """(step, path) of every checkpoint, oldest first."""
+        found = ((_CHECKPOINT.fullmatch(p.name), p) for p in self.path.iterdir())
         return sorted((int(match[1]), p) for match, p in found if match)
 
-    def save(self, state: dict[str, Any], keep: int) -> Path:
-        """Write a checkpoint of state["step"] and remove all but the newest `keep` (0: none) and the best one."""
-        path = self.path / f"checkpoint-{state['step']:06d}"
+    def save(self, state: dict[str, Any], keep: int, best: tuple[str, dict[str, float]] | None = None) -> Path:
+        """Write a checkpoint of state["step"], after the logs, and remove all but the newest `keep` (0: none) and the best one.
+
+        best: the metric and the row of it that make this one the best.
+        """
+        path = self.path / f"checkpoint-{state['step']:06d}.safetensors"
+        for log in self.path.glob("*.jsonl"):
+            sync(log)
+        if best is not None:
+            self.mark_best(*best)
         checkpoint.save(path, state)
-        self._prune(keep)
+        spared = (self.path / BEST).resolve().name
+        older = [p for step, p in self.checkpoints() if step < state["step"]]
+        for p in older[: max(len(older) + 1 - keep, 0)] if keep else ():
+            if p.name != spared:
+                p.unlink()
         return path
 
-    def _prune(self, keep: int) -> None:
-        best = (self.path / BEST).resolve().name
-        for _, path in self.checkpoints()[:-keep] if keep else ():
-            if path.name != best:
-                shutil.rmtree(path)
-
-    def mark_best(self, metric: str, row: dict[str, float], keep: int) -> None:
-        """Have `best` name the checkpoint of row["step"], and best.json say what made it the best; `keep` as in `save`."""
-        link, facts = self.path / f".{BEST}", self.path / f".{BEST}.json"
-        link.unlink(missing_ok=True)
-        link.symlink_to(f"checkpoint-{row['step']:06d}")
-        os.replace(link, self.path / BEST)
-        facts.write_text(json.dumps({"metric": metric, "step": row["step"], "value": row["value"]}) + "\n")
-        os.replace(facts, self.path / f"{BEST}.json")
-        self._prune(keep)
+    def mark_best(self, metric: str, row: dict[str, float]) -> None:
+        """Have `best` name the checkpoint of row["step"], and best.json say why. If a crash keeps that from being written, `rewind`
+        takes both away."""
+        temporary = self.path / f"{TEMPORARY}{BEST}"
+        temporary.symlink_to(f"checkpoint-{row['step']:06d}.safetensors")
+        os.replace(temporary, self.path / BEST)
+        with replacing(self.path / f"{BEST}.json") as facts:
+            facts.write_text(json.dumps({"metric": metric, "step": row["step"], "value": row["value"]}) + "\n")
 
     # --- log
 
     def log(self, row: dict[str, float], name: str = LOG) -> None:
-        with (self.path / name).open("a") as file:
+        with named(self.path / name), (self.path / name).open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def rows(self, name: str = LOG) -> list[dict[str, float]]:
-        """The rows of log.jsonl, or of another log; a last line cut short by a crash is left out."""
+        """The rows of log.jsonl, or of another log; what a crash left unreadable is left out."""
         path = self.path / name
         rows = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+            with suppress(ValueError):
                 rows.append(json.loads(line))
-            except ValueError:
-                break
         return rows
 
     def rewind(self, step: int) -> None:
         """Forget log rows, pictures and checkpoints after `step`, which the resumed run writes anew, and leavings of a crash."""
-        for later in [p for s, p in self.checkpoints() if s > step] + [*self.path.glob(".tmp-*"), *self.path.glob(".old-*")]:
-            shutil.rmtree(later)
+        later = [p for s, p in self.checkpoints() + self.fakes() if s > step]
+        for path in [*later, *self.path.glob(f"{TEMPORARY}*")]:
+            path.unlink()
         if not (self.path / BEST).exists():
             for name in (BEST, f"{BEST}.json"):
                 (self.path / name).unlink(missing_ok=True)
-        for later in [p for s, p in self.fakes() if s > step]:
-            later.unlink()
-        for path in self.path.glob("[!.]*.jsonl"):
-            kept = [json.dumps(row) + "\n" for row in self.rows(path.name) if row["step"] <= step]
-            temporary = self.path / f".{path.name}"
-            temporary.write_text("".join(kept))
-            os.replace(temporary, path)
+        for path in self.path.glob("*.jsonl"):
+            kept = "".join(json.dumps(row) + "\n" for row in self.rows(path.name) if row["step"] <= step)
+            with replacing(path) as temporary:
+                temporary.write_text(kept)
 
     # --- pictures
 
@@ -178,9 +193,8 @@ def write_config(
     content = {"preset": preset, "shape": list(shape), "classes": classes, "settings": config.to_json(), **facts}
     if table is not None:
         content["table"] = table._asdict()
-    temporary = path / f".{CONFIG}"
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path / CONFIG)
+    with replacing(path / CONFIG) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def step_of(path: Path) -> int:
@@ -190,20 +204,19 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def locate(path: Path) -> tuple[RunDir, Path | None]:
-    """The run, and its newest checkpoint (None if there is none), of a path that is a run directory or one of its checkpoints,
-    such as its `best`.
+def locate(path: Path) -> tuple[RunDir, list[Path]]:
+    """The run, and its checkpoints, newest first, of a path that is a run directory; or that one of a path that is a checkpoint,
+    or the link to the best one.
 
     Raises:
         ValueError: it is neither.
     """
-    if not path.is_dir():
-        checks.fail(ValueError, OP, str(path), "be a run directory or a checkpoint", "no such directory")
+    if not path.exists():
+        checks.fail(ValueError, OP, str(path), "be a run directory or a checkpoint", "no such path")
     if _CHECKPOINT.fullmatch(path.resolve().name):
-        return RunDir(path.resolve().parent), path
+        return RunDir(path.resolve().parent), [path]
     run = RunDir(path)
-    found = run.checkpoints()
-    return run, found[-1][1] if found else None
+    return run, [saved for _, saved in reversed(run.checkpoints())]
 
 
 def _numbered(outdir: Path) -> list[tuple[int, Path]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ class Trained:
     """The generator of a checkpoint, on the CPU.
 
     Args:
-        path: a run directory, whose newest checkpoint is taken, or one of its checkpoints.
+        path: a run directory, whose newest whole checkpoint is taken, with a warning for each damaged one; or a checkpoint.
         weights: "ema", "last", or "auto": the averaged ones if the run has them.
 
     Attributes:
@@ -34,18 +35,20 @@ class Trained:
     """
 
     def __init__(self, path: Path, weights: str = "auto") -> None:
-        self.run, saved = run_dir.locate(path)
+        self.run, found = run_dir.locate(path)
         config = self.run.config
-        if saved is None:
+        if not found:
             checks.fail(ValueError, OP, str(self.run.path), "have a checkpoint", "none")
         if self.run.preset not in PRESETS:
             checks.fail(ValueError, OP, str(self.run.path), f"be of a known preset ({', '.join(PRESETS)})", repr(self.run.preset))
         if weights == "ema" and config.ema == 0.0:
             checks.fail(ValueError, OP, "weights", f"be auto or last: {self.run.path} was trained without EMA", repr(weights))
-        self.step = run_dir.step_of(saved)
         self.source = "ema" if weights != "last" and config.ema > 0.0 else "generator"
         head = f"{self.source}."
-        state = checkpoint.load(saved, (head,))
+        saved, state, damaged = checkpoint.load_newest(found, (head,))
+        for sentence in damaged:
+            warnings.warn(f"{sentence}; {saved} is used", stacklevel=2)
+        self.step = run_dir.step_of(saved)
         self.generator: nn.Module
         self.generator, _ = PRESETS[self.run.preset].build(config, self.run.shape, self.run.classes)
         self.generator.load_state_dict({key.removeprefix(head): v for key, v in state.items() if key.startswith(head)})
