@@ -23,7 +23,7 @@ from gankern.metrics.features import NAMES, Features
 from gankern.training.run_dir import CONFIG
 from gankern.training.trained import Trained
 
-MOST = 10_000  # samples of each by default
+MOST = 5_000  # samples of each by default
 DIGITS = ("mnist", "stacked-mnist")
 
 DESCRIPTION = """Judge generated samples beside real ones.
@@ -162,8 +162,10 @@ def _draw(options: Any, real_name: str, fake_name: str, trained: Trained | None,
     real = load(part)
     fakes = None if trained else data.load(fake_name, size=options.size)
     least, source = min([(len(real), real_name)] + ([(len(fakes), fake_name)] if fakes else []))
+    if least < LEAST:
+        raise Refused(f"{source} must have at least {LEAST} samples, got {least}")
     n = options.n or min(least, MOST)
-    if not LEAST <= n <= least:
+    if n > least:
         raise Refused(f"--n must be in [{LEAST}, {least}], as {source} has {least} samples, got {n}")
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(real), generator=generator)
@@ -177,13 +179,12 @@ def _draw(options: Any, real_name: str, fake_name: str, trained: Trained | None,
         trained.generator.to(device)
         sets["fake"], table = trained.sample(n, options.seed, labels), trained.run.table
         about = {"source": fake_name, "step": trained.step, "weights": trained.source}
-    if has_test and part == "test":
+    others = real.samples[order[n : 2 * n]]
+    if len(others) < n and part == "test" and has_test:
         train = load("train")
-        sets["others"] = train.samples[torch.randperm(len(train), generator=generator)[:n]]
-    else:
-        sets["others"] = real.samples[order[n : 2 * n]]
-    if len(sets["others"]) < n:
-        del sets["others"]
+        others = train.samples[torch.randperm(len(train), generator=generator)[:n]]
+    if len(others) == n:
+        sets["others"] = others
     facts = {"source": real_name, "part": part if has_test else "all", "samples": len(real)}
     return Drawn(_alike(sets, real.table, table), real.mixture, facts, about)
 
@@ -251,7 +252,7 @@ def _print(report: dict[str, Any]) -> None:
     for name, value in report["metrics"].items():
         of_real = report["metrics_of_real"].get(name)
         shown = "-" if of_real is None else f"{of_real:.4g}"
-        tells = READINGS[name].tells + (f", of {report['modes_of_data']}" if name == "modes" else "")
-        print(f"{name:<14}{value:>11.4g}{shown:>11}  {READINGS[name].better:<9}{tells}")
+        better, tells = READINGS[name]
+        print(f"{name:<14}{value:>11.4g}{shown:>11}  {better:<9}{tells.format(report['modes_of_data'])}")
     print("\nreal: what as many other real samples score beside the same real ones" * bool(report["metrics_of_real"]))
     print(f"seed {report['seed']}, {report['device']}, {report['seconds']['total']:.1f} s")

@@ -50,7 +50,7 @@ READINGS = {
     "mode_score": Reading("higher", "as is, and lower where class shares differ from the data's"),
     "wasserstein": Reading("lower", "mean distance in the best matching of fakes and data"),
     "ms_ssim": Reading("as real", "how alike random pairs of fakes are: above real is less diverse"),
-    "modes": Reading("higher", "modes that have a fake"),
+    "modes": Reading("higher", "of {} modes, those with a fake (in a mixture: within 3 standard deviations)"),
     "high_quality": Reading("higher", "share of fakes within 3 standard deviations of a mode"),
     "reverse_kl": Reading("lower", "of the shares of the modes among fakes from the data's, nats"),
 }  # fmt: skip
