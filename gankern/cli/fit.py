@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gankern import data
 from gankern.cli.explain import Reader
+from gankern.cli.measure import Measure
 from gankern.cli.progress import Progress
 from gankern.models import sample_latent
 from gankern.training import PRESETS, TrainConfig, Trainer, pictures
@@ -71,7 +72,7 @@ class Stop:
 
 def watchers(ready: Ready) -> list[Watcher]:
     """Those that the settings ask for."""
-    return []
+    return [Measure(ready)] if ready.config.metrics else []
 
 
 def fit(preset: str, ready: Ready) -> int:
@@ -93,6 +94,7 @@ def fit(preset: str, ready: Ready) -> int:
             for watcher in looking:
                 if last or step % watcher.every == 0:
                     ended = ended or watcher.look(reporter)
+            last = last or bool(ended)
             saving = last or bool(config.checkpoint_every and step % config.checkpoint_every == 0)
             drawing = last or bool(config.sample_every and step % config.sample_every == 0)
             if (saving or drawing) and reporter.settle():
@@ -105,6 +107,8 @@ def fit(preset: str, ready: Ready) -> int:
             print(f"gankern-train: training diverged: {reporter.bad}; the log stops before it", file=sys.stderr)
             return 1
         reporter.save()
+    for sentence in reporter.closing.values():
+        print(sentence)
     if ended:
         print(f"ended after step {trainer.steps_done}, all saved: {ended}")
         return 0
@@ -143,6 +147,7 @@ class Reporter:
         self.saved_step = first or -1
         self.logged_step = first
         self.pending: list[Pending] = []
+        self.closing: dict[str, str] = {}  # what watchers have to say at the end
         self.bad = ""  # what was not finite, and at which step
         self.mark = time.perf_counter()
 
@@ -158,15 +163,21 @@ class Reporter:
             pictures.animate(self.run.path / "training.gif", frames)
 
     @contextlib.contextmanager
-    def _off_the_clock(self) -> Any:
+    def off_the_clock(self) -> Any:
         """Writing does not count as training time."""
         start = time.perf_counter()
         yield
         self.mark += time.perf_counter() - start
 
+    def trained(self) -> float:
+        """Seconds of training so far, also before a resume; waits for the device."""
+        if self.trainer.device.type == "cuda":
+            torch.cuda.synchronize(self.trainer.device)
+        return self.seconds + time.perf_counter() - self.mark
+
     def begin(self) -> None:
         """reals.png: real samples spread evenly over the data; fakes_init.png: samples before training."""
-        with self._off_the_clock():
+        with self.off_the_clock():
             self._picture("reals", "reals.png", self.view.reals())
         self.sample("fakes_init.png")
 
@@ -204,7 +215,7 @@ class Reporter:
 
     def sample(self, name: str) -> None:
         """A picture; and a row of modes.jsonl where the modes of the data are known."""
-        with self._off_the_clock():
+        with self.off_the_clock():
             step, samples = self.trainer.steps_done, self.trainer.sample(self.z, *self.labels)
             coverage = coverage_of(self.dataset, samples)
             if coverage is not None:
@@ -224,9 +235,9 @@ class Reporter:
         step = self.trainer.steps_done
         if step == self.saved_step:
             return
-        with self._off_the_clock():
+        seconds = self.trained()
+        with self.off_the_clock():
             state = self.trainer.state_dict() | {f"data.{k}": v for k, v in self.batches.state_dict().items()}
-            seconds = self.seconds + time.perf_counter() - self.mark
             self.run.save(state | {"device": self.trainer.device.type, "time_s": seconds}, self.config.keep)
             rows = self.run.rows()
             if rows:

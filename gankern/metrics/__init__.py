@@ -1,6 +1,14 @@
 """Judges of samples: pure functions, nothing printed or written."""
 
-from gankern.metrics.digits import DigitClassifier, DigitVerdict, judge_digits, load_digit_classifier, train_digit_classifier
+from gankern.metrics.digits import (
+    DigitClassifier,
+    DigitFeatures,
+    DigitVerdict,
+    digit_features,
+    judge_digits,
+    load_digit_classifier,
+    train_digit_classifier,
+)
 from gankern.metrics.distances import Neighbours, nearest_neighbours
 from gankern.metrics.fid import fid
 from gankern.metrics.kid import KID, kid, kid_full
@@ -15,11 +23,13 @@ __all__ = [
     "KID",
     "PRDC",
     "DigitClassifier",
+    "DigitFeatures",
     "DigitVerdict",
     "InceptionScore",
     "ModeCoverage",
     "NearestNeighbourTest",
     "Neighbours",
+    "digit_features",
     "fid",
     "inception_score",
     "judge_digits",

@@ -1,7 +1,8 @@
 """RunDir: the directory of one training run, `00000-gan-mnist-b64`, and all that is read from and written to it.
 
 config.json (preset, settings, versions), log.jsonl, reals.png, fakes_init.png, fakes%06d.png, losses.png,
-checkpoint-%06d/, TensorBoard event files; of points and tables training.gif, of mixtures modes.jsonl too.
+checkpoint-%06d/, TensorBoard event files; of points and tables training.gif, of mixtures modes.jsonl too. With --metrics
+metric-NAME.jsonl, and of the best by one of them `best`, a link to its checkpoint, and best.json (metric, step, value).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from gankern.training import checkpoint
 from gankern.training.config import TrainConfig
 
 OP = "run"
-CONFIG, LOG, MODES = "config.json", "log.jsonl", "modes.jsonl"
+CONFIG, LOG, MODES, BEST = "config.json", "log.jsonl", "modes.jsonl", "best"
 _RUN = re.compile(r"(\d{5,})-")
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
 _FAKES = re.compile(r"fakes(_init|\d{6,})\.png")
@@ -96,13 +97,27 @@ class RunDir:
         return sorted((int(match[1]), p) for match, p in found if match)
 
     def save(self, state: dict[str, Any], keep: int) -> Path:
-        """Write a checkpoint of state["step"] and remove all but the newest `keep` (0: none)."""
+        """Write a checkpoint of state["step"] and remove all but the newest `keep` (0: none) and the best one."""
         path = self.path / f"checkpoint-{state['step']:06d}"
         checkpoint.save(path, state)
-        older = [p for step, p in self.checkpoints() if step < state["step"]]
-        for p in older[: max(len(older) + 1 - keep, 0)] if keep else ():
-            shutil.rmtree(p)
+        self._prune(keep)
         return path
+
+    def _prune(self, keep: int) -> None:
+        best = (self.path / BEST).resolve().name
+        for _, path in self.checkpoints()[:-keep] if keep else ():
+            if path.name != best:
+                shutil.rmtree(path)
+
+    def mark_best(self, metric: str, row: dict[str, float], keep: int) -> None:
+        """Have `best` name the checkpoint of row["step"], and best.json say what made it the best; `keep` as in `save`."""
+        link, facts = self.path / f".{BEST}", self.path / f".{BEST}.json"
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"checkpoint-{row['step']:06d}")
+        os.replace(link, self.path / BEST)
+        facts.write_text(json.dumps({"metric": metric, "step": row["step"], "value": row["value"]}) + "\n")
+        os.replace(facts, self.path / f"{BEST}.json")
+        self._prune(keep)
 
     # --- log
 
@@ -111,7 +126,7 @@ class RunDir:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def rows(self, name: str = LOG) -> list[dict[str, float]]:
-        """The rows of log.jsonl, or of modes.jsonl; a last line cut short by a crash is left out."""
+        """The rows of log.jsonl, or of another log; a last line cut short by a crash is left out."""
         path = self.path / name
         rows = []
         for line in path.read_text().splitlines() if path.exists() else ():
@@ -125,14 +140,16 @@ class RunDir:
         """Forget log rows, pictures and checkpoints after `step`, which the resumed run writes anew, and leavings of a crash."""
         for later in [p for s, p in self.checkpoints() if s > step] + [*self.path.glob(".tmp-*"), *self.path.glob(".old-*")]:
             shutil.rmtree(later)
+        if not (self.path / BEST).exists():
+            for name in (BEST, f"{BEST}.json"):
+                (self.path / name).unlink(missing_ok=True)
         for later in [p for s, p in self.fakes() if s > step]:
             later.unlink()
-        for name in (LOG, MODES):
-            kept = [json.dumps(row) + "\n" for row in self.rows(name) if row["step"] <= step]
-            if (self.path / name).exists():
-                temporary = self.path / f".{name}"
-                temporary.write_text("".join(kept))
-                os.replace(temporary, self.path / name)
+        for path in self.path.glob("[!.]*.jsonl"):
+            kept = [json.dumps(row) + "\n" for row in self.rows(path.name) if row["step"] <= step]
+            temporary = self.path / f".{path.name}"
+            temporary.write_text("".join(kept))
+            os.replace(temporary, path)
 
     # --- pictures
 
@@ -140,6 +157,11 @@ class RunDir:
         """(step, path) of every picture of generated samples, in order."""
         found = ((_FAKES.fullmatch(p.name), p) for p in self.path.iterdir())
         return sorted((0 if match[1] == "_init" else int(match[1]), p) for match, p in found if match)
+
+
+def metric_log(name: str) -> str:
+    """The file with the rows of a metric."""
+    return f"metric-{name}.jsonl"
 
 
 def write_config(
@@ -169,7 +191,8 @@ def step_of(path: Path) -> int:
 
 
 def locate(path: Path) -> tuple[RunDir, Path | None]:
-    """The run, and its newest checkpoint (None if there is none), of a path that is a run directory or one of its checkpoints.
+    """The run, and its newest checkpoint (None if there is none), of a path that is a run directory or one of its checkpoints,
+    such as its `best`.
 
     Raises:
         ValueError: it is neither.
