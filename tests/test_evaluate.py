@@ -81,7 +81,7 @@ def test_a_run_beside_the_held_out_part_of_its_data(run: Path, capsys: Capture) 
     assert got["real"] == {"source": "mnist", "part": "test", "samples": 10_000}
     assert got["fake"] == {"source": str(run), "step": 2, "weights": "ema"}
     assert (got["n"], got["seed"], got["modes_of_data"]) == (50, 3, 10)
-    assert (got["features"]["name"], got["features"]["dimensions"]) == ("bundled", 64)
+    assert (got["features"]["name"], got["features"]["dimensions"]) == ("bundled", 256)
     assert {"gankern", "torch"} <= got["versions"].keys()
     digits, network = load("mnist", split="test"), Features("bundled")
     order = torch.randperm(10_000, generator=torch.Generator().manual_seed(3))
@@ -205,7 +205,7 @@ def digits() -> Tensor:
 
 def test_the_bundled_network_knows_digits_of_any_size_and_colour(digits: Tensor) -> None:
     seen = Features("bundled", device=DEVICE)(digits)
-    assert seen.features.shape == (300, 64)
+    assert seen.features.shape == (300, 256)
     labels = load("mnist", split="test", limit=300).labels.to(DEVICE)
     large = nn.functional.interpolate(digits, (56, 56), mode="bilinear").expand(-1, 3, -1, -1)
     wide = nn.functional.pad(large, (7, 7), value=-1.0)
@@ -216,7 +216,7 @@ def test_the_bundled_network_knows_digits_of_any_size_and_colour(digits: Tensor)
 def test_stacked_digits_have_a_thousand_modes() -> None:
     data = load("stacked-mnist", split="test", limit=200)
     seen = Features("bundled", stacked=True, device=DEVICE)(to_float(data.samples).to(DEVICE))
-    assert (seen.features.shape, seen.probabilities.shape) == ((200, 192), (200, 1000))
+    assert (seen.features.shape, seen.probabilities.shape) == ((200, 768), (200, 1000))
     assert (seen.probabilities.argmax(1).cpu() == data.labels).float().mean() > 0.95
     torch.testing.assert_close(seen.probabilities.sum(1), torch.ones(200, device=DEVICE))
     found = measure("modes", real=Samples(data.samples, seen), fake=Samples(data.samples, seen), law=Law(even=True))

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gankern import checks
-from gankern.data.images import to_channels, to_size
-from gankern.metrics.digits import load_digit_classifier
+from gankern.data.images import to_channels
+from gankern.metrics.digits import digit_features
 from gankern.metrics.inception import load_inception
 from gankern.metrics.programs import SUFFIXES, first_line, load_program
 
@@ -37,14 +37,14 @@ class Features:
 
     Args:
         name: "pixels": the numbers of a sample as they are, of images in [-1, 1].
-            "bundled": the digit classifier that comes with the package: the means over the places of its last 64 channels, and ten
-            classes. Images of another size are cropped to a square and resized to 28 pixels, colour becomes grey.
+            "bundled": the digit classifier that comes with the package, on each channel: see `digit_features`. Ten classes, whose
+                probabilities are the means over the channels.
             "inception": the network of published figures, its weights named by the variable GANKERN_INCEPTION; grey is repeated.
             A path ending in .pt2 or .onnx: one's own network, a program of torch.export or an ONNX model. It takes float32
             [B, ...], images in [-1, 1], for any B, and returns features [B, ...], or features and the logits of classes [B, K].
             A path ending in .pth: the weights of "inception".
-        stacked: with "bundled": each of three channels is a digit, so there are 192 features and 1000 classes, 100 times the
-            first digit plus 10 times the second plus the third.
+        stacked: with "bundled": each of three channels is a digit, so there are 1000 classes, 100 times the first digit plus 10
+            times the second plus the third.
         device: where the network runs and the features are.
 
     Attributes:
@@ -62,10 +62,10 @@ class Features:
         suffix = Path(name).suffix.lower()
         if name == "pixels":
             self.note = "the numbers as they are"
-        elif name == "bundled" and stacked:
-            self._look, self.note = _stacked_digits, "the digit classifier on each of three channels: 192 features, 1000 classes"
         elif name == "bundled":
-            self._look, self.note = _digits, "the digit classifier at 28 pixels, in grey: 64 features, 10 classes"
+            self._look = _stacked_digits if stacked else _digits
+            classes = "1000 classes, triples of digits" if stacked else "10 classes, the mean over the channels"
+            self.note = f"the digit classifier at 28 pixels on each channel: {classes}"
         elif name == "inception" or suffix == ".pth":
             net = load_inception(None if name == "inception" else name, self.device)
             self._look = lambda images: net(to_channels(images, 3))
@@ -120,18 +120,14 @@ class Features:
 
 
 def _digits(images: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, C, H, W] -> the means of the 64 last channels, and the probabilities of ten classes."""
-    layers = list(load_digit_classifier(images.device))
-    with torch.autocast(images.device.type, enabled=False):
-        maps = nn.Sequential(*layers[:11])(to_size(to_channels(images, 1), 28))
-        return maps.mean((2, 3)), nn.Sequential(*layers[11:])(maps).softmax(1)
+    """The features, and of the ten digits the mean probabilities over the channels."""
+    features, each = digit_features(images)
+    return features, each.mean(1)
 
 
 def _stacked_digits(images: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, 3, H, W] -> 192 features, and the probabilities of 1000 triples of digits."""
-    if images.shape[1] != 3:
+    """The features, and the probabilities of 1000 triples of digits."""
+    features, each = digit_features(images)
+    if each.shape[1] != 3:
         checks.fail(ValueError, OP, "samples", "have three channels, a digit in each", f"shape {list(images.shape)}")
-    features, each = _digits(images.reshape(-1, 1, *images.shape[2:]))
-    hundreds, tens, ones = each.view(-1, 3, 10).unbind(1)
-    triples = torch.einsum("ni,nj,nk->nijk", hundreds, tens, ones)
-    return features.view(len(images), -1), triples.flatten(1)
+    return features, torch.einsum("ni,nj,nk->nijk", *each.unbind(1)).flatten(1)
