@@ -10,7 +10,9 @@ from gankern.metrics.digits import (
     train_digit_classifier,
 )
 from gankern.metrics.distances import Neighbours, nearest_neighbours
+from gankern.metrics.features import Features, Seen
 from gankern.metrics.fid import fid
+from gankern.metrics.inception import Inception, load_inception
 from gankern.metrics.kid import KID, kid, kid_full
 from gankern.metrics.modes import ModeCoverage, modes
 from gankern.metrics.neighbour_test import NearestNeighbourTest, nearest_neighbour_test
@@ -25,10 +27,13 @@ __all__ = [
     "DigitClassifier",
     "DigitFeatures",
     "DigitVerdict",
+    "Features",
+    "Inception",
     "InceptionScore",
     "ModeCoverage",
     "NearestNeighbourTest",
     "Neighbours",
+    "Seen",
     "digit_features",
     "fid",
     "inception_score",
@@ -36,6 +41,7 @@ __all__ = [
     "kid",
     "kid_full",
     "load_digit_classifier",
+    "load_inception",
     "mode_score",
     "modes",
     "ms_ssim",
