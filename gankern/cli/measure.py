@@ -50,7 +50,7 @@ class Measure:
                 self.run.log({"step": step, **row}, metric_log(name))
                 reporter.progress.newest[name] = row["value"]
                 for key in row.keys() - {"seconds"}:
-                    reporter.board.add_scalar(f"metric/{name}" if key == "value" else f"metric/{name}_{key}", row[key], step)
+                    reporter.board.add_scalar(f"metric/{name if key == 'value' else key}", row[key], step)
         ended = self._judge(reporter, step, rows.get(self.config.keep_best)) if self.config.keep_best else ""
         self.latest = time.perf_counter() - start
         self.spent += self.latest

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gankern import checks
 from gankern.losses.variants import variant
+from gankern.metrics.evaluation import LEAST
 from gankern.ops._objectives import OBJECTIVES
 from gankern.ops.pairwise import MOST_SIGMAS
-from gankern.training import combinations, quality
+from gankern.training import combinations
 
 OP = "train"
 
@@ -275,7 +276,7 @@ class TrainConfig:
             "instance_noise_steps",
         ):
             checks.number(OP, field, getattr(self, field), 0)
-        checks.number(OP, "metric_samples", self.metric_samples, quality.LEAST)
+        checks.number(OP, "metric_samples", self.metric_samples, LEAST)
         checks.number(OP, "seed", self.seed, 0, 2**62)
         for field in ("label_smoothing", "fake_label", "label_noise", "g_dropout", "d_dropout", "began_gamma"):
             checks.number(OP, field, getattr(self, field), 0.0, 1.0)
