@@ -167,8 +167,8 @@ class Reporter:
         yield
         self.mark += time.perf_counter() - start
 
-    def trained(self) -> float:
-        """Seconds of training so far, also before a resume; waits for the device."""
+    def seconds_now(self) -> float:
+        """Of training so far, also before a resume; waits for the device."""
         if self.trainer.device.type == "cuda":
             torch.cuda.synchronize(self.trainer.device)
         return self.seconds + time.perf_counter() - self.mark

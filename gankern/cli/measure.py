@@ -22,18 +22,11 @@ class Measure:
         self.looks = self.skipped = 0
         self.spent = self.latest = 0.0  # seconds of all looks, and of the last one
         self.best: dict[str, float] | None = None  # the row of the checkpoint that is kept
-        self.waited = 0  # looks since then
-        if self.config.keep_best:
-            rows, saved = self.run.rows(metric_log(self.config.keep_best)), dict(self.run.checkpoints())
-            self.best = min((row for row in rows if row["step"] in saved), key=self.rank, default=None)
-            if self.best is not None:
-                self.run.mark_best(self.config.keep_best, self.best)
-                self.waited = sum(row["step"] > self.best["step"] for row in rows)
 
     def look(self, reporter: Reporter) -> str:
         """Rows, or nothing if the look would take more than its share of the time of training. The time before a resume, and what
         the looks took then, are no part of it."""
-        step, trained, share = reporter.trainer.steps_done, reporter.trained() - self.before, self.config.metric_budget
+        step, trained, share = reporter.trainer.steps_done, reporter.seconds_now() - self.before, self.config.metric_budget
         last = step == self.config.steps
         if reporter.settle():
             return ""
@@ -59,20 +52,25 @@ class Measure:
         self._tell(reporter, trained)
         return "" if last else ended
 
-    def rank(self, row: dict[str, float]) -> tuple[float, ...]:
-        return METRICS[self.config.keep_best].rank(row)
-
     def _judge(self, reporter: Reporter, step: int, row: dict[str, float] | None) -> str:
-        """Have a checkpoint kept if it is the best; the reason to end, if it has not been for long enough."""
+        """Have a checkpoint kept if it is the best; the reason to end, if none has been for long enough.
+
+        What there was before is read from the files: a resume or a rollback may have taken some of it away.
+        """
         name, patience = self.config.keep_best, self.config.stop_after
-        if row is not None and (self.best is None or self.rank(row) < self.rank(self.best)):
-            self.best, self.waited = {"step": step, **row}, 0
+        rank, saved = METRICS[name].rank, dict(self.run.checkpoints())
+        earlier = [r for r in self.run.rows(metric_log(name)) if r["step"] < step]
+        self.best = min((r for r in earlier if r["step"] in saved), key=rank, default=None)
+        if self.best is not None:
+            self.run.mark_best(name, self.best)
+        if row is not None and (self.best is None or rank(row) < rank(self.best)):
+            self.best = {"step": step, **row}
             reporter.best = name, self.best
+        if self.best is None or self.best["step"] == step:
             return ""
-        self.waited += 1
-        if self.best is None or not patience or self.waited < patience:
-            return ""
-        return f"{name} is no better in {self.waited} looks than {self.best['value']:.4g} after step {self.best['step']}"
+        waited = 1 + sum(r["step"] > self.best["step"] for r in earlier)
+        worse = f"{name} is no better in {waited} looks than {self.best['value']:.4g} after step {self.best['step']}"
+        return worse if 0 < patience <= waited else ""
 
     def _tell(self, reporter: Reporter, trained: float) -> None:
         newest = ", ".join(f"{name} {value:.4g}" for name, value in reporter.progress.newest.items())
