@@ -105,6 +105,12 @@ def stub(samples: Callable[..., Tensor], config: TrainConfig) -> Any:
     return SimpleNamespace(config=config, device=torch.device("cpu"), sample=samples)
 
 
+def judge_of(samples: Callable[..., Tensor], config: TrainConfig, dataset: data.Dataset, labelled: bool = False) -> Judge:
+    judge = Judge(stub(samples, config), dataset, labelled)
+    judge.prepare()
+    return judge
+
+
 @pytest.fixture(scope="module")
 def digits() -> data.Dataset:
     return data.load("mnist", limit=600)
@@ -129,7 +135,7 @@ def test_values_on_points_and_fixed_sets() -> None:
         return fakes[: len(z)]
 
     config = TrainConfig(data="ring", metrics="fid,1nn,prdc,kid,wasserstein,modes", metric_samples=200, seed=5)
-    judge = Judge(stub(sample, config), ring, False)
+    judge = judge_of(sample, config, ring)
     before = torch.get_rng_state()
     found, again = judge.measure(), judge.measure()
     assert torch.equal(torch.get_rng_state(), before)
@@ -147,7 +153,7 @@ def test_values_on_points_and_fixed_sets() -> None:
         "modes": metrics.modes(fake, *ring.mixture).found,  # type: ignore[misc]
     }
     assert {name: row["value"] for name, row in found.items()} == {name: row["value"] for name, row in again.items()} == want
-    other = Judge(stub(sample, TrainConfig(data="ring", metrics="fid", seed=6)), ring, False)
+    other = judge_of(sample, TrainConfig(data="ring", metrics="fid", seed=6), ring)
     assert not torch.equal(judge.index, other.index[:200])
 
 
@@ -176,7 +182,7 @@ def test_modes_and_scores_of_digits(digits: data.Dataset) -> None:
     assert digits.labels is not None
     three = to_float(digits.samples[(digits.labels < 3).nonzero()[:, 0]])
     config = TrainConfig(metrics="modes,is,mode-score,fid", metric_samples=150)
-    judge = Judge(stub(lambda z: three[: len(z)], config), digits, False)
+    judge = judge_of(lambda z: three[: len(z)], config, digits)
     found = judge.measure()
     p = (digits.labels[digits.labels < 3][:150].bincount() / 150).numpy()
     q = (digits.labels[judge.index].bincount() / 150)[:3].numpy()
@@ -185,7 +191,7 @@ def test_modes_and_scores_of_digits(digits: data.Dataset) -> None:
     assert found["is"]["value"] == pytest.approx(3, abs=0.3)
     assert found["mode-score"]["value"] == pytest.approx(np.exp((p * np.log(q / p**2)).sum()), abs=0.2)  # entropy less KL
     everything = to_float(digits.samples[-150:])
-    better = Judge(stub(lambda z: everything[: len(z)], config), digits, False).measure()
+    better = judge_of(lambda z: everything[: len(z)], config, digits).measure()
     assert better["modes"]["value"] == 10
     assert better["mode-score"]["value"] > 9
     assert better["fid"]["value"] < 0.5 * found["fid"]["value"]
@@ -196,7 +202,7 @@ def test_modes_of_stacked_digits() -> None:
     assert stacked.labels is not None
     few = (stacked.labels < 100).nonzero()[:, 0]  # a zero in the first channel
     samples, config = to_float(stacked.samples[few]), TrainConfig(data="stacked-mnist", metrics="modes", metric_samples=len(few))
-    row = Judge(stub(lambda z: samples, config), stacked, False).measure()["modes"]
+    row = judge_of(lambda z: samples, config, stacked).measure()["modes"]
     assert row["value"] == pytest.approx(len(stacked.labels[few].unique()), abs=2)
     shares = torch.bincount(stacked.labels[few], minlength=1000).double() / len(few)
     assert row["reverse_kl"] == pytest.approx(torch.xlogy(shares, 1000 * shares).sum().item(), abs=0.1)
@@ -210,16 +216,27 @@ def test_fakes_have_the_classes_of_the_reals(digits: data.Dataset) -> None:
         asked.append(labels)
         return torch.zeros(len(z), 1, 28, 28)
 
-    judge = Judge(stub(sample, TrainConfig(arch="cgan", metrics="fid", metric_samples=30)), digits, True)
+    judge = judge_of(sample, TrainConfig(arch="cgan", metrics="fid", metric_samples=30), digits, True)
     judge.measure()
     assert torch.equal(asked[0], digits.labels[judge.index])
+
+
+def test_conditional_run_with_all_metrics_of_digits(tmp_path: Path) -> None:
+    flags = (
+        "--limit 100 --steps 2 --z-dim 3 --g-widths 8 --d-widths 8 --batch-size 8 --device cpu --sample-every 0 --metric-samples 20"
+    )
+    words = ["cgan", "--outdir", str(tmp_path), *flags.split(), "--metrics", ",".join(METRICS)]
+    assert train_main(words) == 0
+    for name in METRICS:
+        (row,) = rows(tmp_path / "00000-cgan-mnist-b8", f"metric-{name}.jsonl")
+        assert row["step"] == 2
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 1e30])
 def test_what_is_not_finite_is_left_out(bad: float) -> None:
     ring = data.load("ring", limit=50)
     config = TrainConfig(data="ring", metrics="kid,modes")
-    found = Judge(stub(lambda z: torch.full((50, 2), bad), config), ring, False).measure()
+    found = judge_of(lambda z: torch.full((50, 2), bad), config, ring).measure()
     assert found.keys() == ({"modes"} if bad == 1e30 else set())  # the cube of kid's kernel overflows in float32
 
 

@@ -20,7 +20,7 @@ class Measure:
         self.every = self.config.metric_every
         self.judge = Judge(ready.trainer, ready.dataset, ready.classes > 0)
         self.looks = self.skipped = 0
-        self.spent = self.latest = 0.0  # seconds of all looks, and of the last one
+        self.spent = self.latest = 0.0  # seconds of all looks, and of the last one, without what is done but once
         self.best: dict[str, float] | None = None  # the row of the checkpoint that is kept
 
     def look(self, reporter: Reporter) -> str:
@@ -36,8 +36,11 @@ class Measure:
             self.skipped += 1
             self._tell(reporter, trained)
             return ""
-        start = time.perf_counter()
+        start = begun = time.perf_counter()
         with reporter.off_the_clock():
+            if not self.looks:
+                self.judge.prepare()
+                begun = time.perf_counter()
             rows = self.judge.measure()
             for name, row in rows.items():
                 self.run.log({"step": step, **row}, metric_log(name))
@@ -45,9 +48,8 @@ class Measure:
                 for key in row.keys() - {"seconds"}:
                     reporter.board.add_scalar(f"metric/{name if key == 'value' else key}", row[key], step)
         ended = self._judge(reporter, step, rows.get(self.config.keep_best)) if self.config.keep_best else ""
-        self.latest = time.perf_counter() - start
-        self.spent += self.latest
-        self.looks += 1
+        end = time.perf_counter()
+        self.latest, self.spent, self.looks = end - begun, self.spent + end - start, self.looks + 1
         reporter.board.add_scalar("metric/share_of_training_time", self.spent / trained, step)
         self._tell(reporter, trained)
         return "" if last else ended
@@ -74,7 +76,8 @@ class Measure:
 
     def _tell(self, reporter: Reporter, trained: float) -> None:
         newest = ", ".join(f"{name} {value:.4g}" for name, value in reporter.progress.newest.items())
-        words = f"metrics: {newest}; {self.looks} looks, {self.spent:.1f} s, {self.spent / trained:.1%} of the training time"
+        cost = f"{self.spent:.1f} s, {self.spent / trained:.1%} of the training time"
+        words = f"metrics: {newest}; {self.looks} look{'s' * (self.looks > 1)}, {cost}"
         if self.skipped:
             words += f", {self.skipped} more left out by --metric-budget {self.config.metric_budget:g}"
         if self.best is not None:

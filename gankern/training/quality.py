@@ -6,7 +6,6 @@ only within one run or between runs of the same data; of points and tables the n
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
 import time
@@ -54,7 +53,7 @@ METRICS = {
     "1nn": Metric("1nn", lambda row: (abs(row["value"] - 0.5),)),
     "prdc": Metric("coverage", _higher),
     "wasserstein": Metric("wasserstein", _lower),
-    "modes": Metric("modes", lambda row: (-row["value"], -row.get("high_quality", 0.0), row["reverse_kl"])),
+    "modes": Metric("modes", lambda row: (-row["value"], -row.get("high_quality", 0.0), row.get("reverse_kl", math.inf))),
     "is": Metric("is", _higher),
     "mode-score": Metric("mode_score", _higher),
 }
@@ -133,9 +132,9 @@ class Judge:
         self.labels = [dataset.labels[self.index]] if labelled and dataset.labels is not None else []
         self.z = sample_latent(len(self.index), config.z_dim, config.latent, rng)
 
-    @functools.cached_property
-    def real(self) -> Samples:
-        return self._see(to_float(self.dataset.samples[self.index]).to(self.trainer.device))
+    def prepare(self) -> None:
+        """Look at the real samples, once before the first `measure`."""
+        self.real = self._see(to_float(self.dataset.samples[self.index]).to(self.trainer.device))
 
     def _see(self, samples: Tensor) -> Samples:
         return Samples(samples, self.features(samples))
@@ -149,10 +148,11 @@ class Judge:
         rows: dict[str, Row] = {}
         if not samples.isfinite().all():
             return rows
-        real, fake = self.real, self._see(samples)
+        fake = self._see(samples)
         for name in self.names:
             start = time.perf_counter()
-            row = measure(name, real=real, fake=fake, law=self.law)
-            if all(map(math.isfinite, row.values())):
+            found = measure(name, real=self.real, fake=fake, law=self.law)
+            row = {key: number for key, number in found.items() if math.isfinite(number)}
+            if "value" in row:
                 rows[name] = row | {"seconds": round(time.perf_counter() - start, 3)}
         return rows
