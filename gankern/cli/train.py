@@ -20,7 +20,7 @@ from gankern.cli.common import Parser, Refused, need, pick_device, refusing
 from gankern.cli.explain import Reader
 from gankern.cli.fit import Ready, fit, to_resume
 from gankern.cli.help import settings, shown
-from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, precision, run_dir
+from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, precision, quality, run_dir
 from gankern.training.combinations import idle
 from gankern.training.graph import make
 from gankern.training.networks import CONDITIONAL
@@ -122,6 +122,7 @@ def prepare(preset: str, config: TrainConfig, held: contextlib.ExitStack) -> Rea
     dataset = load_data(config)
     if skipped := dataset.skipped:
         print(f"skipped {len(skipped)} unreadable files: {', '.join(skipped[:5])}{' ...' * (len(skipped) > 5)}")
+    quality.check(config, dataset)
     needed = config.batch_size * config.n_critic
     if config.n_critic > 1 and needed > len(dataset):
         words = f"batch_size * n_critic must be at most the {len(dataset)} {dataset.kind} of {dataset.name}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gankern import checks
 from gankern.losses.variants import variant
+from gankern.metrics.evaluation import LEAST
 from gankern.ops._objectives import OBJECTIVES
 from gankern.ops.pairwise import MOST_SIGMAS
 from gankern.training import combinations
@@ -25,6 +26,7 @@ MOST, MOST_LAYERS = 2**62, 1000
 # What a resumed run may set anew: none of these changes a weight, and steps only says where to stop.
 MAY_CHANGE = frozenset(
     {"outdir", "steps", "device", "engine", "log_every", "sample_every", "checkpoint_every", "keep", "track", "resume", "dry_run"}
+    | {"metrics", "metric_every", "metric_samples", "metric_budget", "keep_best", "stop_after"}
 )
 
 
@@ -72,6 +74,21 @@ class TrainConfig:
     """never; auto (continue the newest run of this preset and data under the outdir, if any); or a run directory or checkpoint."""
     dry_run: bool = False
     """Print settings, models, device and backends, then stop. Writes nothing."""
+
+    metrics: str = ""
+    """Metrics to take of samples (of the averaged weights with --ema) while training, such as fid,kid,1nn: of fid, kid, 1nn, prdc,
+    wasserstein; modes (mixtures, digits); is, mode-score (mnist). Images are seen through the bundled digit classifier."""
+    metric_every: int = 1000
+    """Steps between two looks of the metrics; the last step has one too."""
+    metric_samples: int = 2000
+    """Real and generated samples that they compare, fewer if there are fewer real ones."""
+    metric_budget: float = 0.1
+    """Most that the metrics may take, as a share of the time of the training: a look that would exceed it is left out, but for the
+    first and the last. 0: no bound."""
+    keep_best: str = ""
+    """Keep the checkpoint that is best by this one of the metrics too; RUN/best names it."""
+    stop_after: int = 0
+    """End the training after so many looks in which the metric of keep_best has not improved. 0: never."""
 
     size: int = 0
     """Side of the square training images. 0: as the data are."""
@@ -235,6 +252,9 @@ class TrainConfig:
             "checkpoint_every",
             "sample_every",
             "keep",
+            "metric_every",
+            "metric_budget",
+            "stop_after",
             "size",
             "limit",
             "negative_slope",
@@ -260,6 +280,7 @@ class TrainConfig:
             "instance_noise_steps",
         ):
             checks.number(OP, field, getattr(self, field), 0)
+        checks.number(OP, "metric_samples", self.metric_samples, LEAST)
         checks.number(OP, "seed", self.seed, 0, MOST)
         for field in ("label_smoothing", "fake_label", "label_noise", "g_dropout", "d_dropout", "began_gamma"):
             checks.number(OP, field, getattr(self, field), 0.0, 1.0)

@@ -1,7 +1,8 @@
 """RunDir: the directory of one training run, `00000-gan-mnist-b64`, and all that is read from and written to it.
 
 config.json (preset, settings, versions), log.jsonl, reals.png, fakes_init.png, fakes%06d.png, losses.png,
-checkpoint-%06d.safetensors, TensorBoard event files; of points and tables training.gif, of mixtures modes.jsonl too.
+checkpoint-%06d.safetensors, TensorBoard event files; of points and tables training.gif, of mixtures modes.jsonl too. With --metrics
+metric-NAME.jsonl; with --keep-best `best`, a link to the best checkpoint, and best.json (metric, step, value).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from gankern.training.config import TrainConfig
 from gankern.training.files import TEMPORARY, locked, named, replacing, sync
 
 OP = "run"
-CONFIG, LOG, MODES = "config.json", "log.jsonl", "modes.jsonl"
+CONFIG, LOG, MODES, BEST = "config.json", "log.jsonl", "modes.jsonl", "best"
 _RUN = re.compile(r"(\d{5,})-")
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})\.safetensors")
 _FAKES = re.compile(r"fakes(_init|\d{6,})\.png")
@@ -118,16 +119,32 @@ class RunDir:
         found = ((_CHECKPOINT.fullmatch(p.name), p) for p in self.path.iterdir())
         return sorted((int(match[1]), p) for match, p in found if match)
 
-    def save(self, state: dict[str, Any], keep: int) -> Path:
-        """Write a checkpoint of state["step"], after the logs, and remove all but the newest `keep` (0: none)."""
+    def save(self, state: dict[str, Any], keep: int, best: tuple[str, dict[str, float]] | None = None) -> Path:
+        """Write a checkpoint of state["step"], after the logs, and remove all but the newest `keep` (0: none) and the best one.
+
+        best: the metric and the row of it that make this one the best.
+        """
         path = self.path / f"checkpoint-{state['step']:06d}.safetensors"
         for log in self.path.glob("*.jsonl"):
             sync(log)
+        if best is not None:
+            self.mark_best(*best)
         checkpoint.save(path, state)
+        spared = (self.path / BEST).resolve().name
         older = [p for step, p in self.checkpoints() if step < state["step"]]
         for p in older[: max(len(older) + 1 - keep, 0)] if keep else ():
-            p.unlink()
+            if p.name != spared:
+                p.unlink()
         return path
+
+    def mark_best(self, metric: str, row: dict[str, float]) -> None:
+        """Have `best` name the checkpoint of row["step"], and best.json say why. If a crash keeps that from being written, `rewind`
+        takes both away."""
+        temporary = self.path / f"{TEMPORARY}{BEST}"
+        temporary.symlink_to(f"checkpoint-{row['step']:06d}.safetensors")
+        os.replace(temporary, self.path / BEST)
+        with replacing(self.path / f"{BEST}.json") as facts:
+            facts.write_text(json.dumps({"metric": metric, "step": row["step"], "value": row["value"]}) + "\n")
 
     # --- log
 
@@ -151,6 +168,9 @@ class RunDir:
         later = [p for s, p in self.checkpoints() + self.fakes() if s > step]
         for path in [*later, *self.path.glob(f"{TEMPORARY}*")]:
             path.unlink()
+        if not (self.path / BEST).exists():
+            for name in (BEST, f"{BEST}.json"):
+                (self.path / name).unlink(missing_ok=True)
         for path in self.path.glob("*.jsonl"):
             kept = "".join(json.dumps(row) + "\n" for row in self.rows(path.name) if row["step"] <= step)
             with replacing(path) as temporary:
@@ -162,6 +182,11 @@ class RunDir:
         """(step, path) of every picture of generated samples, in order."""
         found = ((_FAKES.fullmatch(p.name), p) for p in self.path.iterdir())
         return sorted((0 if match[1] == "_init" else int(match[1]), p) for match, p in found if match)
+
+
+def metric_log(name: str) -> str:
+    """The file with the rows of a metric."""
+    return f"metric-{name}.jsonl"
 
 
 def write_config(
@@ -190,7 +215,8 @@ def step_of(path: Path) -> int:
 
 
 def locate(path: Path) -> tuple[RunDir, list[Path]]:
-    """The run, and its checkpoints, newest first, of a path that is a run directory; or that one of a path that is a checkpoint.
+    """The run, and its checkpoints, newest first, of a path that is a run directory; or that one of a path that is a checkpoint,
+    or the link to the best one.
 
     Raises:
         ValueError: it is neither.
