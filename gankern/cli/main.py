@@ -70,7 +70,8 @@ def _call(prog: str, command: Callable[..., int], *arguments: object) -> int:
 
 def _no_command(name: str) -> int:
     raise Refused(
-        f"command must be train, sample, evaluate, export, presets, explain, doctor, reproduce or bench, got {name!r} (see gankern --help)"
+        "command must be train, sample, evaluate, export, presets, explain, "
+        f"doctor, reproduce or bench, got {name!r} (see gankern --help)"
     )
 
 
