@@ -1,4 +1,4 @@
-"""Entry points: `gankern train|sample|presets|explain|doctor|reproduce|bench` and `gankern-train`."""
+"""Entry points: `gankern train|sample|evaluate|export|presets|explain|doctor|reproduce|bench` and `gankern-train`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ USAGE = """usage: gankern COMMAND ...
 commands:
   train PRESET ...   train a GAN; also called gankern-train
   sample RUN ...     draw samples from a run: a picture, a folder of pictures, a .npz or a .csv
+  evaluate RUN ...   metrics of a run's samples, or of a folder or file, beside real samples
+  export RUN ...     the generator alone in one file: safetensors, a torch.export program, or ONNX
   presets            list the presets
   report RUN ...     write one page about a run: samples over time, curves, settings; several runs are compared
   watch RUN          serve that page while the run trains
@@ -39,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "sample": _sample,
+        "evaluate": _evaluate,
+        "export": _export,
         "presets": _presets,
         "report": _report,
         "watch": _watch,
@@ -69,7 +73,7 @@ def _call(prog: str, command: Callable[..., int], *arguments: object) -> int:
 
 
 def _no_command(name: str) -> int:
-    known = "train, sample, presets, report, watch, explain, doctor, reproduce or bench"
+    known = "train, sample, evaluate, export, presets, report, watch, explain, doctor, reproduce or bench"
     raise Refused(f"command must be {known}, got {name!r} (see gankern --help)")
 
 
@@ -83,6 +87,18 @@ def _sample(arguments: list[str]) -> int:
     from gankern.cli import sample
 
     return sample.command(arguments)
+
+
+def _evaluate(arguments: list[str]) -> int:
+    from gankern.cli import evaluate
+
+    return evaluate.command(arguments)
+
+
+def _export(arguments: list[str]) -> int:
+    from gankern.cli import export
+
+    return export.command(arguments)
 
 
 def _presets(arguments: list[str]) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from gankern.cli.common import Parser, Refused, need, refusing
 from gankern.data import Dataset
 from gankern.report import page, show
 from gankern.report.facts import MOST_FRAMES
+from gankern.training.files import replacing
 
 NAME = "report.html"
 MOST_RUNS = 6
@@ -46,7 +46,6 @@ def write(runs: list[Path], out: Path | None = None, dataset: Dataset | None = N
     if out is None:
         out = (shown[0].facts.run.path if len(runs) == 1 else Path()) / NAME
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}")
-    temporary.write_text(page(shown), encoding="utf-8")
-    os.replace(temporary, out)
+    with replacing(out) as temporary:
+        temporary.write_text(page(shown), encoding="utf-8")
     return out

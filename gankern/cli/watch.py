@@ -94,11 +94,11 @@ class Live:
         """The run as it is now; its newest checkpoint is asked once."""
         with self.lock:
             run, saved = run_dir.locate(self.path)
-            if saved is not None and saved != self.asked:
+            if saved and saved[0] != self.asked:
                 if self.dataset is None:
                     with contextlib.suppress(OSError, ValueError, TypeError, RuntimeError):  # `show` finds it again and says it
                         self.dataset = load_data(run.config)
-                self.last, self.asked = show(saved, self.dataset), saved
+                self.last, self.asked = show(self.path, self.dataset), saved[0]
             return show(self.path) if self.last is None else self.last._replace(facts=Facts(run))
 
 

@@ -67,7 +67,7 @@ class Probe(NamedTuple):
 
 
 def probe(path: Path, dataset: Dataset | None) -> Probe:
-    """Ask the newest checkpoint of a run, or the one at `path`, on the CPU.
+    """Ask the newest whole checkpoint of a run, or the one at `path`, on the CPU.
 
     Args:
         dataset: what the run was trained on; None: it cannot be read any more.

@@ -32,7 +32,7 @@ def show(path: Path, dataset: Dataset | None = None, frames: int = MOST_FRAMES) 
     """
     run, saved = run_dir.locate(path)
     facts, note = Facts(run, frames), ""
-    if saved is None:
+    if not saved:
         return Shown(facts, None, "There is no checkpoint yet: what is asked of one is missing.")
     if dataset is None:
         try:
@@ -40,6 +40,6 @@ def show(path: Path, dataset: Dataset | None = None, frames: int = MOST_FRAMES) 
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             note = f"The training data cannot be read, so what needs them is missing: {error}"
     try:
-        return Shown(facts, probe(saved, dataset), note)
+        return Shown(facts, probe(path, dataset), note)
     except (OSError, ValueError, RuntimeError) as error:
         return Shown(facts, None, f"The checkpoint cannot be asked: {' '.join(str(error).split())}")
