@@ -102,10 +102,16 @@ def test_the_command_writes_only_its_file(run: Path, tmp_path: Path, capsys: Cap
 
 
 def test_what_metrics_and_health_wrote_is_shown(run: Path) -> None:
-    (run / "metric-fid.jsonl").write_text('{"step": 10, "value": 4.0}\n{"step": 20, "value": 2.5}\n{"step": 2')
+    (run / "metric-fid.jsonl").write_text('{"step": 10, "value": 4.0, "seconds": 1}\n{"step": 20, "value": 2.5}\n{"step": 2')
+    (run / "metric-prdc.jsonl").write_text('{"step": 10, "value": 0.5, "recall": 0.25, "seconds": 1}\n')
     (run / "health.jsonl").write_text(json.dumps({"step": 8, "kind": "collapse", "saw": "one <b>mode</b>", "try": "--pack 2"}))
     shown = show(run)
-    assert shown.facts.curves["metric-fid"] == Curve("fid", [10, 20], [4.0, 2.5])
+    found = {key: curve for key, curve in shown.facts.curves.items() if key.startswith("metric")}
+    assert found == {
+        "metric-fid value": Curve("fid", [10, 20], [4.0, 2.5]),
+        "metric-prdc value": Curve("prdc: coverage", [10], [0.5]),
+        "metric-prdc recall": Curve("prdc: recall", [10], [0.25]),
+    }
     text = page([shown])
     assert "health" in sections(text)
     assert "one &lt;b&gt;mode&lt;/b&gt;" in text
@@ -288,7 +294,7 @@ def test_a_histogram_holds_every_sample() -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["report", "nowhere"], "run: nowhere must be a run directory or a checkpoint, got no such directory"),
+        (["report", "nowhere"], "run: nowhere must be a run directory or a checkpoint, got no such path"),
         (["report"], "the following arguments are required: RUN"),
         (["report", *["x"] * 7], "RUN must be given at most 6 times, got 7"),
         (["watch", "nowhere"], "run: nowhere must be a run directory with a config.json, got none there"),

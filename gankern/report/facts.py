@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from gankern.losses.explanations import EXPLANATIONS
 from gankern.training.presets import PRESETS, flags
+from gankern.training.quality import METRICS
 from gankern.training.run_dir import CONFIG, LOG, MODES, RunDir
 
 HEALTH = "health.jsonl"
@@ -54,7 +55,7 @@ class Facts:
     Attributes:
         content: of config.json.
         rows: of log.jsonl, with a step and finite numbers.
-        curves: what was logged, by column; of the metrics by "metric-" and their name.
+        curves: what was logged, by column; of a metric by its file and column, "metric-fid value".
         events: rows of health.jsonl, the last MOST_EVENTS.
         frames: generated samples over time.
         reals: real samples, None if there is no such picture.
@@ -105,10 +106,10 @@ class Facts:
             for key in dict.fromkeys(key for row in rows for key in row if key not in hidden):
                 curves[key] = _curve(names.get(key, key.replace("_", " ")), rows, key)
         for path in sorted(self.run.path.glob("metric-*.jsonl")):
-            name = path.stem.removeprefix("metric-")
-            rows = [row for row in numbers(self.run, path.name) if "value" in row]
-            if rows:
-                curves[path.stem] = _curve(name, rows, "value")
+            name, rows = path.stem.removeprefix("metric-"), numbers(self.run, path.name)
+            for key in dict.fromkeys(key for row in rows for key in row if key not in ("step", "seconds")):
+                words = METRICS[name].value if key == "value" and name in METRICS else key
+                curves[f"{path.stem} {key}"] = _curve(name if words in ("value", name) else f"{name}: {words}", rows, key)
         return curves
 
     @property
