@@ -16,13 +16,20 @@ import torch
 from torch import Tensor
 
 from gankern import data
+from gankern.cli import report
+from gankern.cli.boards import Boards
 from gankern.cli.explain import Reader
+from gankern.cli.measure import Measure
 from gankern.cli.progress import Progress
 from gankern.models import sample_latent
-from gankern.training import PRESETS, TrainConfig, Trainer, distributed, pictures
+from gankern.training import TrainConfig, Trainer, distributed, pictures
 from gankern.training.graph import Eager, Pending
+from gankern.training.presets import flags
 from gankern.training.run_dir import MODES, RunDir
 from gankern.training.views import coverage_of, view_of
+
+# The group of each column of log.jsonl on a board; the other columns are those of techniques.
+TAGS = {"d_loss": "loss", "g_loss": "loss", "d_real": "score", "d_fake": "score"}
 
 
 class Ready(NamedTuple):
@@ -82,7 +89,7 @@ class Stop:
 
 def watchers(ready: Ready) -> list[Watcher]:
     """Those that the settings ask for."""
-    return []
+    return [Measure(ready)] if ready.config.metrics else []
 
 
 def fit(preset: str, ready: Ready) -> int:
@@ -103,7 +110,8 @@ def fit(preset: str, ready: Ready) -> int:
             for watcher in looking:
                 if last or step % watcher.every == 0:
                     ended = ended or distributed.alone()(watcher.look)(reporter)
-            saving = bool(config.checkpoint_every and step % config.checkpoint_every == 0) and not last
+            last = last or bool(ended)
+            saving = not last and bool(reporter.best or (config.checkpoint_every and step % config.checkpoint_every == 0))
             drawing = last or bool(config.sample_every and step % config.sample_every == 0)
             if (saving or drawing) and not reporter.settle():  # else never saved: the last checkpoint stays good
                 if drawing:
@@ -115,15 +123,17 @@ def fit(preset: str, ready: Ready) -> int:
             print(f"gankern-train: training diverged: {reporter.bad}; the log stops before it", file=sys.stderr)
             return 1
         reporter.save()
+    for sentence in reporter.closing.values():
+        print(sentence)
     if ended:
-        print(f"ended after step {trainer.steps_done}, all saved: {ended}")
+        print(f"ended after step {trainer.steps_done}, all saved: {ended}{_page(ready)}")
         return 0
     if trainer.steps_done < config.steps:
         print(f"stopped after step {trainer.steps_done}, all saved; to resume: {to_resume(preset, ready)}")
         return 128 + stop.signal
     losses = f": {Reader(config).losses(reporter.last)}" if reporter.last else ""
     where = f"samples: {run.path / f'fakes{config.steps:06d}.png'}; more: gankern sample {run.path}"
-    print(f"finished {config.steps} steps{losses}; {where}")
+    print(f"finished {config.steps} steps{losses}; {where}{_page(ready)}")
     return 0
 
 
@@ -145,12 +155,20 @@ def advance(ready: Ready, periods: list[int], stop: Stop) -> None:
         ready.engine.step(most=goal - trainer.steps_done)
 
 
+def _page(ready: Ready) -> str:
+    """Write report.html; returns where it is, in words. What goes wrong with it is no fault of the training."""
+    if not ready.config.report:
+        return ""
+    try:
+        return f"; page: {report.write([ready.run.path], dataset=ready.dataset)}"
+    except (OSError, ValueError) as error:
+        return f"; no page: {error}"
+
+
 class Reporter:
-    """All that a run writes: log.jsonl, TensorBoard events, pictures, checkpoints, and the progress line."""
+    """All that a run writes: log.jsonl, boards, pictures, checkpoints, and the progress line."""
 
     def __init__(self, ready: Ready) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.config, self.trainer, self.batches, self.run = ready.config, ready.trainer, ready.batches, ready.run
         self.engine, self.seconds = ready.engine, ready.seconds
         config, trainer = self.config, self.trainer
@@ -160,13 +178,15 @@ class Reporter:
         self.labels = [torch.arange(self.view.count) % ready.classes] if ready.classes else []
         self.z = sample_latent(self.view.count, config.z_dim, config.latent, latents)
         first = trainer.steps_done
-        self.board = SummaryWriter(str(self.run.path), purge_step=first + 1 if first else None)
+        self.board = Boards(self.run, config, first)
         self.progress = Progress(config.steps, first, config.batch_size, Reader(config))
         self.last: dict[str, float] = {}  # row of log.jsonl
         self.saved_step = first or -1
         self.logged_step = first
         self.pending: list[Pending] = []
         self.streams: dict[str, Tensor] = {}  # random states of the other processes after this step
+        self.closing: dict[str, str] = {}  # what watchers have to say at the end
+        self.best: tuple[str, dict[str, float]] | None = None  # metric and row that make this step the best, to be saved
         self.bad = ""  # what was not finite, and at which step
         self.mark = time.perf_counter()
 
@@ -179,15 +199,21 @@ class Reporter:
         self.board.close()
 
     @contextlib.contextmanager
-    def _off_the_clock(self) -> Any:
+    def off_the_clock(self) -> Any:
         """Writing does not count as training time."""
         start = time.perf_counter()
         yield
         self.mark += time.perf_counter() - start
 
+    def seconds_now(self) -> float:
+        """Of training so far, also before a resume; waits for the device."""
+        if self.trainer.device.type == "cuda":
+            torch.cuda.synchronize(self.trainer.device)
+        return self.seconds + time.perf_counter() - self.mark
+
     def begin(self) -> None:
         """reals.png: real samples spread evenly over the data; fakes_init.png: samples before training."""
-        with self._off_the_clock():
+        with self.off_the_clock():
             self._picture("reals", "reals.png", self.view.reals())
         self.sample("fakes_init.png")
 
@@ -216,16 +242,14 @@ class Reporter:
         row = {"step": step, "time_s": round(self.seconds, 3), "images_per_s": round(rate, 1), **values}
         self.run.log(row)
         self.last = row
-        for name in ("d_loss", "g_loss"):
-            self.board.add_scalar(f"loss/{name}", row[name], step)
-        for name in ("d_real", "d_fake"):
-            self.board.add_scalar(f"score/{name}", row[name], step)
+        for name, value in values.items():
+            self.board.add_scalar(f"{TAGS.get(name, 'techniques')}/{name}", value, step)
         self.board.add_scalar("speed/images_per_s", row["images_per_s"], step)
         self.progress.update(row)
 
     def sample(self, name: str) -> None:
         """A picture; and a row of modes.jsonl where the modes of the data are known."""
-        with self._off_the_clock():
+        with self.off_the_clock():
             step, samples = self.trainer.steps_done, self.trainer.sample(self.z, *self.labels)
             coverage = coverage_of(self.dataset, samples)
             if coverage is not None:
@@ -238,7 +262,7 @@ class Reporter:
 
     def _picture(self, tag: str, name: str, picture: Tensor) -> None:
         pictures.save_png(self.run.path / name, picture)
-        self.board.add_image(tag, picture.numpy(), self.trainer.steps_done, dataformats="HWC")
+        self.board.add_image(tag, picture, self.trainer.steps_done)
 
     def film(self) -> None:
         """training.gif, of points and tables."""
@@ -252,29 +276,16 @@ class Reporter:
         step = self.trainer.steps_done
         if step == self.saved_step:
             return
-        with self._off_the_clock():
+        with self.off_the_clock():
             rows = self.run.rows()
             if rows:
                 pictures.plot_losses(self.run.path / "losses.png", rows, self.run.path.name, self.progress.reader.names)
             self.board.flush()
             state = self.trainer.state_dict() | {f"data.{k}": v for k, v in self.batches.state_dict().items()}
-            self.run.save(state | self.streams | {"device": self.trainer.device.type}, self.config.keep)
-        self.saved_step = step
+            self.run.save(state | self.streams | {"device": self.trainer.device.type}, self.config.keep, self.best)
+        self.saved_step, self.best = step, None
 
 
 def to_resume(preset: str, ready: Ready) -> str:
     """The command that continues the run."""
     return shlex.join(["gankern-train", preset, *flags(preset, dataclasses.replace(ready.config, resume=str(ready.run.path)))])
-
-
-def flags(preset: str, config: TrainConfig) -> list[str]:
-    """The flags that give `config`, for those fields in which it differs from the preset."""
-    words = []
-    for name, value in dataclasses.asdict(config).items():
-        if value != getattr(PRESETS[preset].config, name):
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-            else:
-                words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return words

@@ -1,4 +1,4 @@
-"""Entry points: `gankern train|sample|presets|explain|doctor|reproduce|bench` and `gankern-train`."""
+"""Entry points: `gankern train|sample|evaluate|export|presets|explain|doctor|reproduce|bench` and `gankern-train`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ USAGE = """usage: gankern COMMAND ...
 commands:
   train PRESET ...   train a GAN; also called gankern-train
   sample RUN ...     draw samples from a run: a picture, a folder of pictures, a .npz or a .csv
+  evaluate RUN ...   metrics of a run's samples, or of a folder or file, beside real samples
+  export RUN ...     the generator alone in one file: safetensors, a torch.export program, or ONNX
   presets            list the presets
+  report RUN ...     write one page about a run: samples over time, curves, settings; several runs are compared
+  watch RUN          serve that page while the run trains
   explain LOSS       what an objective minimises, the values to expect in the log, signs of failure; without LOSS all are listed
   doctor             versions, devices, what is built, and what each op runs on
   reproduce TABLE    run a published table again, with a verdict
@@ -37,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "sample": _sample,
+        "evaluate": _evaluate,
+        "export": _export,
         "presets": _presets,
+        "report": _report,
+        "watch": _watch,
         "explain": _explain,
         "doctor": _doctor,
         "bench": _bench,
@@ -65,7 +73,8 @@ def _call(prog: str, command: Callable[..., int], *arguments: object) -> int:
 
 
 def _no_command(name: str) -> int:
-    raise Refused(f"command must be train, sample, presets, explain, doctor, reproduce or bench, got {name!r} (see gankern --help)")
+    known = "train, sample, evaluate, export, presets, report, watch, explain, doctor, reproduce or bench"
+    raise Refused(f"command must be {known}, got {name!r} (see gankern --help)")
 
 
 def _train(arguments: list[str]) -> int:
@@ -80,10 +89,34 @@ def _sample(arguments: list[str]) -> int:
     return sample.command(arguments)
 
 
+def _evaluate(arguments: list[str]) -> int:
+    from gankern.cli import evaluate
+
+    return evaluate.command(arguments)
+
+
+def _export(arguments: list[str]) -> int:
+    from gankern.cli import export
+
+    return export.command(arguments)
+
+
 def _presets(arguments: list[str]) -> int:
     from gankern.cli import train
 
     return train.list_presets(arguments)
+
+
+def _report(arguments: list[str]) -> int:
+    from gankern.cli import report
+
+    return report.command(arguments)
+
+
+def _watch(arguments: list[str]) -> int:
+    from gankern.cli import watch
+
+    return watch.command(arguments)
 
 
 def _explain(arguments: list[str]) -> int:

@@ -20,11 +20,12 @@ from gankern.cli.common import Parser, Refused, need, pick_device, refusing
 from gankern.cli.explain import Reader
 from gankern.cli.fit import Ready, fit, follow, to_resume
 from gankern.cli.help import settings, shown
-from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, distributed, precision, run_dir
+from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, distributed, precision, quality, run_dir
 from gankern.training.combinations import idle
 from gankern.training.graph import make
 from gankern.training.networks import CONDITIONAL
 from gankern.training.run_dir import RunDir
+from gankern.training.trained import load_data
 
 
 def command(arguments: list[str]) -> int:
@@ -123,9 +124,12 @@ def prepare(preset: str, config: TrainConfig, held: contextlib.ExitStack) -> Rea
     with distributed.together():
         device = distributed.own_device(pick_device(config.device))
         distributed.check(config)
+        if config.track in ("wandb", "both"):
+            need("wandb", extra="wandb")
         dataset = load_data(config)
         if skipped := dataset.skipped:
             print(f"skipped {len(skipped)} unreadable files: {', '.join(skipped[:5])}{' ...' * (len(skipped) > 5)}")
+        quality.check(config, dataset)
         needed = config.batch_size * config.n_critic
         if config.n_critic > 1 and needed > len(dataset):
             words = f"batch_size * n_critic must be at most the {len(dataset)} {dataset.kind} of {dataset.name}"
@@ -183,12 +187,6 @@ def claim(
     if run is not None and not config.dry_run:
         held.enter_context(run.locked())
     return (run, *(checkpoint.load_newest(found) if found else (None, {}, [])))
-
-
-def load_data(config: TrainConfig) -> data.Dataset:
-    """The data of a run."""
-    size, channels, limit = (value or None for value in (config.size, config.channels, config.limit))
-    return data.load(config.data, size=size, channels=channels, limit=limit, seed=config.seed)
 
 
 def count_classes(config: TrainConfig, dataset: data.Dataset, run: RunDir | None) -> int:
