@@ -355,6 +355,15 @@ def test_what_diverges_in_one_ends_all(tmp_path: Path) -> None:
     assert "at step 5" in results[0][2]
 
 
+def test_the_first_process_measures_and_may_end_all(tmp_path: Path) -> None:
+    """With a generator that stands still no look is better than the first one."""
+    measured = ("--metrics", "1nn", "--metric-every", "2", "--metric-samples", "40", "--keep-best", "1nn", "--stop-after", "1")
+    told = words(tmp_path, "--steps", "40", "--lr-g", "0", *measured, "--metric-budget", "0")
+    results = processes(2, tmp_path, said, told)
+    assert [status for status, _, _ in results] == [0, 0], results
+    assert re.search(r"^ended after step \d, all saved: 1nn is no better in 1 look", results[0][1], re.MULTILINE), results[0][1]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_the_others(rank: int, tmp_path: Path) -> None:
     told = (disturbed, (4, rank, killed, words(tmp_path, "--steps", "100000")))
