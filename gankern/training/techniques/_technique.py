@@ -15,7 +15,8 @@ class Technique:
     """One thing more in a step. Each method below is called once at its place and changes nothing until it is overridden.
 
     A CUDA graph holds the step: a method must not wait for the device, and what lasts from step to step is a tensor in `state`,
-    made in `__init__` and changed in place. Random numbers come from `self.rng`, the trainer's own.
+    made in `__init__` and changed in place. Random numbers come from `self.rng`, the trainer's own; those for
+    samples by `distributed.draw`, so that several processes draw what one would.
 
     Args:
         trainer: of the run; its networks and optimisers exist, nothing has been trained.
