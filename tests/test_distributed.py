@@ -8,8 +8,11 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +90,8 @@ def trained(name: str) -> dict[str, Tensor]:
 
 def child(rank: int, count: int, folder: str, body: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=count)
+    wait = timedelta(minutes=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=count, timeout=wait)
     torch.save(body(*arguments), f"{folder}/{rank}")
     dist.barrier()
     dist.destroy_process_group()
@@ -364,13 +368,18 @@ def test_the_first_process_measures_and_may_end_all(tmp_path: Path) -> None:
     assert re.search(r"^ended after step \d, all saved: 1nn is no better in 1 look", results[0][1], re.MULTILINE), results[0][1]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_the_others(rank: int, tmp_path: Path) -> None:
-    told = (disturbed, (4, rank, killed, words(tmp_path, "--steps", "100000")))
+def started(folder: Path, body: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Two processes, as `processes`, one of which may not end well."""
     context = torch.multiprocessing.get_context("fork")
-    both = [context.Process(target=child, args=(r, 2, str(tmp_path), *told)) for r in range(2)]
+    both = [context.Process(target=child, args=(rank, 2, str(folder), body, arguments)) for rank in range(2)]
     for process in both:
         process.start()
+    return both
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_others(rank: int, tmp_path: Path) -> None:
+    both = started(tmp_path, disturbed, 4, rank, killed, words(tmp_path, "--steps", "100000"))
     both[rank].join(60)
     start = time.monotonic()
     both[1 - rank].join(30)
@@ -383,21 +392,31 @@ def test_a_killed_process_ends_the_others(rank: int, tmp_path: Path) -> None:
     assert "all is saved up to step 3; to resume: gankern-train gan" in err
 
 
-def killed_once(out: str) -> int:
-    """The command under torchrun's agent, one process of which is killed at its first start."""
-    torch.set_num_threads(1)
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        return disturbed(4, 1, killed, words(Path(out), "--steps", "6", "--resume", "auto"))[0]
-    return said(words(Path(out), "--steps", "6", "--resume", "auto"))[0]
-
-
-def test_elastic_restart_goes_on_from_the_last_checkpoint(whole: Path, tmp_path: Path) -> None:
-    """The agent of torchrun in this process: it kills what is left, and starts both anew."""
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=1, start_method="fork", rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", monitor_interval=0.1,
-    )  # fmt: skip
-    assert elastic_launch(config, killed_once)(str(tmp_path)) == {0: 0, 1: 0}
+def test_what_is_started_again_after_a_kill_goes_on_from_the_last_checkpoint(whole: Path, tmp_path: Path) -> None:
+    """As torchrun does with --max-restarts."""
+    told = words(tmp_path, "--steps", "6", "--resume", "auto")
+    both = started(tmp_path, disturbed, 4, 1, killed, told)
+    for process in both:
+        process.join(60)
+    assert all(process.exitcode for process in both)
+    (tmp_path / "again").mkdir()
+    assert processes(2, tmp_path / "again", said, told)[0][0] == 0
     assert_same(saved(tmp_path, 6), saved(whole, 6))
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_torchrun_restarts_what_was_killed(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "-m"]
+    command = [*torchrun, "gankern.cli.train", *words(tmp_path, "--steps", "400", "--resume", "auto")]
+    log = tmp_path / NAME / "log.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as agent:
+        while not (log.exists() and log.read_text().count("\n") >= 20):
+            assert agent.poll() is None
+            time.sleep(0.05)
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        out, _ = agent.communicate(timeout=300)
+    assert agent.returncode == 0
+    assert f"continuing {tmp_path / NAME} after step " in out
+    assert "finished 400 steps" in out
