@@ -12,6 +12,7 @@ the same everywhere, and so is its own mean.
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from gankern import checks
 from gankern.ops._all_reduce import AllReduce, alone, joined, lost, sum_
@@ -127,7 +129,11 @@ def session() -> Iterator[None]:
     if joined() or not (dist.is_available() and dist.is_torchelastic_launched()):
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    store, number, count = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+    # torchrun may keep its store over a restart: the addresses of the processes before must not be found there
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
     yield
     dist.destroy_process_group()  # not after a fault: it may wait for a process that is gone
 
