@@ -408,7 +408,7 @@ def test_what_is_started_again_after_a_kill_goes_on_from_the_last_checkpoint(who
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_torchrun_restarts_what_was_killed(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "-m"]
-    command = [*torchrun, "gankern.cli.train", *words(tmp_path, "--steps", "400", "--resume", "auto")]
+    command = [*torchrun, "gankern.cli.train", *words(tmp_path, "--steps", "120", "--resume", "auto")]
     log = tmp_path / NAME / "log.jsonl"
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as agent:
         while not (log.exists() and log.read_text().count("\n") >= 20):
@@ -419,4 +419,4 @@ def test_torchrun_restarts_what_was_killed(tmp_path: Path) -> None:
         out, _ = agent.communicate(timeout=300)
     assert agent.returncode == 0
     assert f"continuing {tmp_path / NAME} after step " in out
-    assert "finished 400 steps" in out
+    assert "finished 120 steps" in out
