@@ -113,7 +113,7 @@ def page(entries: list[dict[str, Any]]) -> str:
         numbers += [f"asked digit {100 * e['asked_digit']:.1f} %"] if "asked_digit" in e else []
         preset = PRESETS[e["name"]]
         lines += ["", f"## {e['name']}", "", f"{preset.summary[0].upper()}{preset.summary[1:]} ({preset.source}).", ""]
-        lines += [f"![{e['name']}](gallery/{e['picture']})", ""]
+        lines += [f'<img src="gallery/{e["picture"]}" width="448" alt="{e["name"]}: samples after training">', ""]
         words = "; ".join([f"{e['seconds'] / 60:.1f} minutes", *numbers])
         lines += [f"`{e['command']}`: {words}."]
     return "\n".join([*lines, ""])
