@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import pickle
+import random
 import re
 import resource
 import shutil
@@ -22,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gankern.cli import train as command
 from gankern.cli.main import main, train_main
 from gankern.training import PRESETS, checkpoint, files
 from gankern.training.graph import Eager, Graph
@@ -226,14 +228,24 @@ def damage(path: Path) -> None:
     path.write_bytes(content.replace(b'"step', b'"stop', 1))
 
 
-def test_training_draws_from_torch_alone(images: Path, tmp_path: Path) -> None:
-    """So that a checkpoint needs no state of Python's and NumPy's generators."""
-    import random
+def test_training_draws_from_torch_alone(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a checkpoint needs no state of Python's and NumPy's generators. (rich and tyro draw, when flags are read.)"""
+    import rich.style  # noqa: F401
 
-    assert train(images, tmp_path, "--steps", "1") == 0  # what is imported now may draw once
-    before = random.getstate(), pickle.dumps(np.random.get_state())  # noqa: NPY002
+    def states() -> tuple[Any, bytes]:
+        return random.getstate(), pickle.dumps(np.random.get_state())  # noqa: NPY002
+
+    fit, seen = command.fit, []
+
+    def watched(preset: str, ready: Any) -> int:
+        before = states()
+        status = fit(preset, ready)
+        seen.append(states() == before)
+        return status
+
+    monkeypatch.setattr(command, "fit", watched)
     assert train(images, tmp_path, "--steps", "2") == 0
-    assert (random.getstate(), pickle.dumps(np.random.get_state())) == before  # noqa: NPY002
+    assert seen == [True]
 
 
 def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(images: Path, run: Path, whole: Path, capsys: Capture) -> None:
@@ -258,11 +270,11 @@ def test_no_whole_checkpoint_is_refused_in_one_sentence(images: Path, run: Path,
     before = {p.name: p.read_bytes() for p in run.iterdir() if p.name != ".lock"}
     capsys.readouterr()
     words = f"checkpoint: one of 3 must be undamaged, got: checkpoint: {saved(run, 9)} must be undamaged, got another checksum of "
-    for command in (
+    for call in (
         lambda: train(images, run.parent, "--steps", "20", "--resume", "auto"),
         lambda: main(["sample", str(run), "--out", str(run.parent / "x.npz")]),
     ):
-        status = command()
+        status = call()
         out, err = capsys.readouterr()
         assert (status, out, err.count("\n")) == (2, "", 1)
         assert words in err
