@@ -178,7 +178,7 @@ def _draw(options: Any, real_name: str, fake_name: str, trained: Trained | None,
         labels = real.labels[order[:n]] if real.labels is not None and len(real.classes) == trained.run.classes else None
         trained.generator.to(device)
         sets["fake"], table = trained.sample(n, options.seed, labels), trained.run.table
-        about = {"source": fake_name, "step": trained.step, "weights": trained.source}
+        about = {"source": fake_name, "step": trained.step, "weights": trained.source, "data": trained.run.config.data}
     others = real.samples[order[n : 2 * n]]
     if len(others) < n and part == "test" and has_test:
         train = load("train")
@@ -241,7 +241,9 @@ def _plain(value: Any) -> Any:
 
 def _print(report: dict[str, Any]) -> None:
     real, fake, features = report["real"], report["fake"], report["features"]
-    part = {"test": "its test part, held out of training", "train": "its training part", "all": "all of it"}[real["part"]]
+    part = {"test": "its test part", "train": "its training part", "all": "all of it"}[real["part"]]
+    if fake.get("data") == real["source"]:
+        part += ", held out of the run's training" if real["part"] == "test" else ", which the run was trained on"
     made = f"after step {fake['step']}, {fake['weights']} weights" if "step" in fake else f"of {fake['samples']} samples"
     print(f"real      {report['n']} of the {real['samples']} samples of {real['source']}: {part}")
     print(f"fake      {report['n']} of {fake['source']}, {made}")
