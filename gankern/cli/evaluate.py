@@ -134,9 +134,9 @@ def _sources(options: Any) -> tuple[str, str]:
     elif not words and options.fake:
         real, fake = options.real or "", options.fake
     else:
-        raise Refused(
-            "sources must be a run, or --real X --fake Y, or REAL FAKE, got " + (" ".join(words) or "none") + " beside these"
-        )
+        named = [f"--{key} {value}" for key, value in (("real", options.real), ("fake", options.fake)) if value]
+        got = " ".join([*words, *named]) or "none"
+        raise Refused(f"sources must be a run, or --real X --fake Y, or REAL FAKE, got {got}")
     if _is_run(real):
         raise Refused(f"--real must be real samples, got the run {real}")
     return real, fake
@@ -225,7 +225,7 @@ def _alike(sets: dict[str, Tensor], real: Table | None, fake: Table | None) -> d
     real, fake = real or plain, fake or plain
     if real.columns != fake.columns and plain.columns not in (real.columns, fake.columns):
         raise Refused(f"fake samples must have the columns {', '.join(real.columns)}, got {', '.join(fake.columns)}")
-    mean, std = torch.tensor(real.mean), torch.tensor(real.std, dtype=torch.float64)
+    mean, std = (torch.tensor(numbers, dtype=torch.float64) for numbers in (real.mean, real.std))
     restored = {name: (fake if name == "fake" else real).restore(samples) for name, samples in sets.items()}
     return {name: (samples - mean) / torch.where(std > 0, std, 1.0) for name, samples in restored.items()}
 
