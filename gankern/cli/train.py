@@ -20,7 +20,7 @@ from gankern.cli.common import Parser, Refused, need, pick_device, refusing
 from gankern.cli.explain import Reader
 from gankern.cli.fit import Ready, fit, to_resume
 from gankern.cli.help import settings, shown
-from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, precision, run_dir
+from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, precision, quality, run_dir
 from gankern.training.combinations import idle
 from gankern.training.graph import make
 from gankern.training.networks import CONDITIONAL
@@ -105,6 +105,8 @@ def is_rule(line: str) -> bool:
 def prepare(preset: str, config: TrainConfig, held: contextlib.ExitStack) -> Ready | None:
     """All that may refuse: device, data, models, the run to resume, which is locked as long as `held`. None: all is done."""
     device = pick_device(config.device)
+    if config.track in ("wandb", "both"):
+        need("wandb", extra="wandb")
     if config.data not in data.NAMES:  # the run is found again from another folder too
         config = dataclasses.replace(config, data=str(Path(config.data).expanduser().resolve()))
     run, found = find_run(preset, config)
@@ -120,6 +122,7 @@ def prepare(preset: str, config: TrainConfig, held: contextlib.ExitStack) -> Rea
     dataset = load_data(config)
     if skipped := dataset.skipped:
         print(f"skipped {len(skipped)} unreadable files: {', '.join(skipped[:5])}{' ...' * (len(skipped) > 5)}")
+    quality.check(config, dataset)
     needed = config.batch_size * config.n_critic
     if config.n_critic > 1 and needed > len(dataset):
         words = f"batch_size * n_critic must be at most the {len(dataset)} {dataset.kind} of {dataset.name}"
