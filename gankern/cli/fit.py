@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from gankern import data
 from gankern.cli.explain import Reader
+from gankern.cli.health import Health, LastGood
 from gankern.cli.progress import Progress
 from gankern.models import sample_latent
 from gankern.training import PRESETS, TrainConfig, Trainer, pictures
 from gankern.training.graph import Eager, Pending
-from gankern.training.run_dir import MODES, RunDir
+from gankern.training.health import Sign
+from gankern.training.run_dir import HEALTH, MODES, RunDir
 from gankern.training.views import coverage_of, view_of
 
 
@@ -71,7 +74,7 @@ class Stop:
 
 def watchers(ready: Ready) -> list[Watcher]:
     """Those that the settings ask for."""
-    return []
+    return [Health(ready)]
 
 
 def fit(preset: str, ready: Ready) -> int:
@@ -80,6 +83,7 @@ def fit(preset: str, ready: Ready) -> int:
     reporter, looking, ended = Reporter(ready), [w for w in watchers(ready) if w.every], ""
     periods = [every for every in (config.log_every, config.sample_every, config.checkpoint_every) if every]
     periods += [watcher.every for watcher in looking]
+    good = LastGood(ready)
     with Stop() as stop, reporter:
         if trainer.steps_done == 0:
             reporter.begin()
@@ -90,18 +94,23 @@ def fit(preset: str, ready: Ready) -> int:
             step, last = trainer.steps_done, trainer.steps_done == config.steps
             if last or step % config.log_every == 0:
                 reporter.log()
-            for watcher in looking:
-                if last or step % watcher.every == 0:
-                    ended = ended or watcher.look(reporter)
+            looks = [watcher for watcher in looking if last or step % watcher.every == 0]
             saving = last or bool(config.checkpoint_every and step % config.checkpoint_every == 0)
             drawing = last or bool(config.sample_every and step % config.sample_every == 0)
-            if (saving or drawing) and reporter.settle():
-                break  # never saved: the last checkpoint stays good
+            if (looks or saving or drawing) and not reporter.settle():  # what is not finite is neither looked at nor saved
+                reporter.bad = good.keep(reporter.seconds_now())
+            for watcher in looks:
+                ended = ended or ("" if reporter.bad else watcher.look(reporter))
+            if reporter.bad:
+                good.back(reporter)
+                continue
             if drawing:
                 reporter.sample(f"fakes{step:06d}.png")
             if saving:
                 reporter.save()
-        if reporter.settle():
+        if not reporter.bad and reporter.settle():
+            good.back(reporter)
+        if reporter.bad:
             print(f"gankern-train: training diverged: {reporter.bad}; the log stops before it", file=sys.stderr)
             return 1
         reporter.save()
@@ -137,13 +146,14 @@ class Reporter:
         self.labels = [torch.arange(self.view.count) % ready.classes] if ready.classes else []
         self.z = sample_latent(self.view.count, config.z_dim, config.latent, latents)
         first = trainer.steps_done
-        self.board = SummaryWriter(str(self.run.path), purge_step=first + 1 if first else None)
+        self.board: Any = SummaryWriter(str(self.run.path), purge_step=first + 1 if first else None)
         self.progress = Progress(config.steps, first, config.batch_size, Reader(config))
         self.last: dict[str, float] = {}  # row of log.jsonl
         self.saved_step = first or -1
         self.logged_step = first
         self.pending: list[Pending] = []
         self.bad = ""  # what was not finite, and at which step
+        self.recent = deque[dict[str, float]](maxlen=256)  # rows of log.jsonl
         self.mark = time.perf_counter()
 
     def __enter__(self) -> Reporter:
@@ -158,7 +168,7 @@ class Reporter:
             pictures.animate(self.run.path / "training.gif", frames)
 
     @contextlib.contextmanager
-    def _off_the_clock(self) -> Any:
+    def off_the_clock(self) -> Any:
         """Writing does not count as training time."""
         start = time.perf_counter()
         yield
@@ -166,7 +176,7 @@ class Reporter:
 
     def begin(self) -> None:
         """reals.png: real samples spread evenly over the data; fakes_init.png: samples before training."""
-        with self._off_the_clock():
+        with self.off_the_clock():
             self._picture("reals", "reals.png", self.view.reals())
         self.sample("fakes_init.png")
 
@@ -195,6 +205,7 @@ class Reporter:
         row = {"step": step, "time_s": round(self.seconds, 3), "images_per_s": round(rate, 1), **values}
         self.run.log(row)
         self.last = row
+        self.recent.append(row)
         for name in ("d_loss", "g_loss"):
             self.board.add_scalar(f"loss/{name}", row[name], step)
         for name in ("d_real", "d_fake"):
@@ -204,7 +215,7 @@ class Reporter:
 
     def sample(self, name: str) -> None:
         """A picture; and a row of modes.jsonl where the modes of the data are known."""
-        with self._off_the_clock():
+        with self.off_the_clock():
             step, samples = self.trainer.steps_done, self.trainer.sample(self.z, *self.labels)
             coverage = coverage_of(self.dataset, samples)
             if coverage is not None:
@@ -219,15 +230,34 @@ class Reporter:
         pictures.save_png(self.run.path / name, picture)
         self.board.add_image(tag, picture.numpy(), self.trainer.steps_done, dataformats="HWC")
 
+    def seconds_now(self) -> float:
+        """Of training so far."""
+        return self.seconds + time.perf_counter() - self.mark
+
+    def warn(self, step: int, sign: Sign) -> None:
+        """A row of health.jsonl, a text for TensorBoard, a line."""
+        self.run.log({"step": step, "kind": sign.kind, "saw": sign.saw, "try": sign.advice}, HEALTH)
+        self.board.add_text(f"health/{sign.kind}", f"{sign.saw}; {sign.advice}", step)
+        print(f"step {step}: {sign.saw}; {sign.advice}", flush=True)
+
+    def rewind(self, step: int, seconds: float) -> None:
+        """Forget all that was written after `step`, where the trainer stands again."""
+        self.run.rewind(step)
+        self.board.close()
+        self.board = type(self.board)(str(self.run.path), purge_step=step + 1)
+        self.engine.losses.forget()
+        self.pending, self.bad = [], ""
+        self.recent = deque((row for row in self.recent if row["step"] <= step), self.recent.maxlen)
+        self.logged_step, self.seconds, self.mark = step, seconds, time.perf_counter()
+
     def save(self) -> None:
         """A checkpoint of the present step, unless it is there already, and losses.png."""
         step = self.trainer.steps_done
         if step == self.saved_step:
             return
-        with self._off_the_clock():
+        with self.off_the_clock():
             state = self.trainer.state_dict() | {f"data.{k}": v for k, v in self.batches.state_dict().items()}
-            seconds = self.seconds + time.perf_counter() - self.mark
-            self.run.save(state | {"device": self.trainer.device.type, "time_s": seconds}, self.config.keep)
+            self.run.save(state | {"device": self.trainer.device.type, "time_s": self.seconds_now()}, self.config.keep)
             rows = self.run.rows()
             if rows:
                 pictures.plot_losses(self.run.path / "losses.png", rows, self.run.path.name, self.progress.reader.names)

@@ -1,7 +1,8 @@
 """RunDir: the directory of one training run, `00000-gan-mnist-b64`, and all that is read from and written to it.
 
 config.json (preset, settings, versions), log.jsonl, reals.png, fakes_init.png, fakes%06d.png, losses.png,
-checkpoint-%06d/, TensorBoard event files; of points and tables training.gif, of mixtures modes.jsonl too.
+checkpoint-%06d/, TensorBoard event files, vitals.jsonl (the numbers of each look at the run's health) and health.jsonl (the signs of
+trouble); of points and tables training.gif, of mixtures modes.jsonl too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from gankern.training.config import TrainConfig
 
 OP = "run"
 CONFIG, LOG, MODES = "config.json", "log.jsonl", "modes.jsonl"
+HEALTH, VITALS = "health.jsonl", "vitals.jsonl"
 _RUN = re.compile(r"(\d{5,})-")
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
 _FAKES = re.compile(r"fakes(_init|\d{6,})\.png")
@@ -106,12 +108,12 @@ class RunDir:
 
     # --- log
 
-    def log(self, row: dict[str, float], name: str = LOG) -> None:
+    def log(self, row: dict[str, Any], name: str = LOG) -> None:
         with (self.path / name).open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
-    def rows(self, name: str = LOG) -> list[dict[str, float]]:
-        """The rows of log.jsonl, or of modes.jsonl; a last line cut short by a crash is left out."""
+    def rows(self, name: str = LOG) -> list[dict[str, Any]]:
+        """The rows of log.jsonl, or of another one; a last line cut short by a crash is left out."""
         path = self.path / name
         rows = []
         for line in path.read_text().splitlines() if path.exists() else ():
@@ -127,7 +129,7 @@ class RunDir:
             shutil.rmtree(later)
         for later in [p for s, p in self.fakes() if s > step]:
             later.unlink()
-        for name in (LOG, MODES):
+        for name in (LOG, MODES, HEALTH, VITALS):
             kept = [json.dumps(row) + "\n" for row in self.rows(name) if row["step"] <= step]
             if (self.path / name).exists():
                 temporary = self.path / f".{name}"
