@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gankern.training.critics import Critic, Loss
 from gankern.training.optimizers import InPlace
+from gankern.training.techniques import Technique
 from gankern.training.trainer import Trainer
 
 
@@ -28,11 +29,12 @@ def first_bad(trainer: Trainer, real: Tensor, *labels: Tensor) -> str:
         for p in parameters:
             look(f"{names[p]} after its update", p)
 
-    trainer.critic, trainer.update = _Asked(plain, look), update  # type: ignore[method-assign]
+    used: Any = tuple(_Shown(technique, name, look) for name, technique in trainer.techniques.items())
+    trainer.critic, trainer._used, trainer.update = _Asked(plain, look), used, update  # type: ignore[method-assign]
     try:
         trainer.step(real, *labels)
     finally:
-        trainer.critic = plain
+        trainer.critic, trainer._used = plain, tuple(trainer.techniques.values())
         del trainer.update
     return look.found
 
@@ -51,6 +53,21 @@ class _Look:
         self.found = f"{what} {state}"
 
 
+class _Shown:
+    """A technique, with a look at what it adds to the generator's loss."""
+
+    def __init__(self, technique: Technique, name: str, look: _Look) -> None:
+        self.technique, self.name, self.look = technique, name, look
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.technique, name)
+
+    def term(self, fake: Tensor, real: Tensor, *labels: Tensor) -> Tensor | None:
+        term = self.technique.term(fake, real, *labels)
+        self.look(f"the {self.name} term of the generator's loss", term)
+        return term
+
+
 class _Asked(Critic):
     """The way to ask a critic, with a look at what goes in and comes out."""
 
@@ -66,15 +83,15 @@ class _Asked(Critic):
         return self.terms("the generator's loss", self.critic.generator(fake, real, *labels))
 
     def terms(self, name: str, loss: Any) -> Loss:
+        """Its own parts if it tells them, else the sums that it is made of, the innermost first."""
+        sums = [loss]
+        while hasattr(sums[-1], "term"):
+            sums.append(sums[-1].out)
         for part in ("adversarial", "penalty"):
-            self.look(f"the {part} term of {name}", getattr(loss, part, None))
-        inner, added = loss, []
-        while hasattr(inner, "term"):
-            added.append(inner.term)
-            inner = inner.out
-        if added:
-            self.look(f"the adversarial term of {name}", inner.value)
-        for term in reversed(added):
-            self.look(f"the term added to {name}", term)
+            self.look(f"the {part} term of {name}", getattr(sums[-1], part, None))
+        for one in reversed(sums[1:]):
+            self.look(f"the adversarial term of {name}", one.value)
+        for one in reversed(sums[:-1]):
+            self.look(f"a term added to {name}", one.term)
         self.look(name, loss.value)
         return loss

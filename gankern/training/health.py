@@ -24,7 +24,7 @@ ALWAYS = 0.999  # share of pairs in the right order from which on the critic mak
 SURE = 0.995  # D(x) - D(G(z)) as a share of the distance of its targets: 0.986 in a healthy DCGAN's first steps, 0.999 at 100 times
 STILL = 1e-3  # movement of the samples; healthy: above 0.03 even 50 steps apart
 HARDLY = 0.02
-FADED = 0.01  # the generator's gradient, as a share of its largest
+FADED = 0.02  # the generator's gradient, as a share of its largest
 ADAM = 1e-8  # root mean square of a gradient that vanishes beside Adam's epsilon
 ALIKE = 0.08  # spread; healthy: above 0.09 even in the first steps
 MODES, CLASSES = 0.5, 0.25  # effective number of modes and of classes, as a share of all
@@ -213,7 +213,8 @@ def advice(kind: str, config: TrainConfig) -> str:
             new = dataclasses.replace(config, **changes)
         except ValueError:
             continue
-        if new != config and not idle(new).keys() & changes.keys():
+        other = new.objective != config.objective if "generator_loss" in changes else new != config
+        if other and not idle(new).keys() & changes.keys():
             words = (
                 f"--{k.replace('_', '-')}" + ("" if v is True else f" {v:g}" if isinstance(v, float) else f" {v}")
                 for k, v in changes.items()

@@ -1,8 +1,8 @@
 """RunDir: the directory of one training run, `00000-gan-mnist-b64`, and all that is read from and written to it.
 
 config.json (preset, settings, versions), log.jsonl, reals.png, fakes_init.png, fakes%06d.png, losses.png,
-checkpoint-%06d/, TensorBoard event files, vitals.jsonl (the numbers of each look at the run's health) and health.jsonl (the signs of
-trouble); of points and tables training.gif, of mixtures modes.jsonl too.
+checkpoint-%06d/, TensorBoard event files, vitals.jsonl (the numbers of each look at the run's health) and health.jsonl (the signs
+of trouble); of points and tables training.gif, of mixtures modes.jsonl too.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from gankern.training.views import coverage_of
 
 COUNT = 256  # real samples, and fakes, in a look
 SIDE = 16  # pixels to which images are averaged down for their distances
-CONFIDENT = 0.95  # mean confidence of the digits' classifier on the data from which on they are taken for digits
+CONFIDENT, KINDS = 0.95, 5  # mean confidence of the digits' classifier, and how many it finds in data that are taken for digits
 
 
 class Vitals(NamedTuple):
@@ -35,7 +36,7 @@ class Vitals(NamedTuple):
     moved: mean distance from the fake of a latent vector to that of the same vector at the look before.
     shift: how far the mean of the fakes has moved since the look before.
     turn: the same since the look before that: two shifts on a straight way, less where it led back.
-    gap: mean D(x) - D(G(z)) in the log since the look before.
+    gap: median of D(x) - D(G(z)) in the log since the look before.
     swing: standard deviation of d_loss in the log since the look before.
     """
 
@@ -79,7 +80,7 @@ class Examiner:
         self.real_labels = [dataset.labels[chosen].to(device)] if classes and dataset.labels is not None else []
         self.points = _points(self.real)
         self.scale = _mean_distance(self.points) if count > 1 else 0.0
-        self.digits = self.real.shape[1:] == (1, 28, 28) and judge_digits(self.real).confidence >= CONFIDENT
+        self.digits = self.real.shape[1:] == (1, 28, 28) and _are_digits(self.real)
         self.before: list[Tensor] = []
 
     @torch.no_grad()
@@ -105,9 +106,9 @@ class Examiner:
             found[name] = (points.mean(0) - earlier.mean(0)).norm().item() / self.scale
         self.before = [*self.before[-1:], points]
         if rows:
-            found["gap"] = sum(row["d_real"] - row["d_fake"] for row in rows) / len(rows)
+            found["gap"] = statistics.median(row["d_real"] - row["d_fake"] for row in rows)
         if rows and len(rows) > 1:
-            found["swing"] = torch.tensor([row["d_loss"] for row in rows], dtype=torch.float64).std().item()
+            found["swing"] = statistics.stdev(row["d_loss"] for row in rows)
         test = nearest_neighbour_test(real=self.points, fake=points)
         ranked, gradient = self._ranked(fakes), self._gradient()
         spread = _mean_distance(points) / self.scale
@@ -141,6 +142,12 @@ class Examiner:
                 m.training = mode
         difference = real[:, None] - fake
         return ((difference > 0).double().mean() + (difference == 0).double().mean() / 2).item()
+
+
+def _are_digits(images: Tensor) -> bool:
+    """Of several kinds too: noise is, with confidence, an 8."""
+    verdict = judge_digits(images)
+    return verdict.confidence >= CONFIDENT and int((verdict.shares > 0).sum()) >= KINDS
 
 
 def _points(samples: Tensor) -> Tensor:
