@@ -76,9 +76,9 @@ def _cells(result: Result) -> list[tuple[str, Tensor]]:
     return [(f"seed {seed}: {trial.numbers['modes']:.0f} modes", trial.looks[-1]) for seed, trial in sorted(result.trials.items())]
 
 
-def _pacgan(name: str, source: str, steps: int, published: dict[int, str]) -> Table:
+def _pacgan(name: str, source: str, published: dict[int, str]) -> Table:
     config = TrainConfig(
-        data=source, arch="pacgan-toy", z_dim=2, batch_size=100, lr_g=1e-4, lr_d=1e-4, beta1=0.8, steps=steps, ema=0.0
+        data=source, arch="pacgan-toy", z_dim=2, batch_size=100, lr_g=1e-3, lr_d=1e-3, beta1=0.8, steps=3_000, ema=0.0
     )
     names = {pack: "GAN" if pack == 1 else f"PacGAN{pack}" for pack in published}
     rows = tuple(
@@ -94,9 +94,9 @@ def _pacgan(name: str, source: str, steps: int, published: dict[int, str]) -> Ta
         name=name,
         source="Lin et al., PacGAN, NeurIPS 2018, table 1",
         setup=(
-            f"{source}: generator 4 x 400 with BatchNorm, discriminator 3 maxout layers 200 x 5, Adam 1e-4 (0.8, 0.999), 100 packs "
-            f"a step; published: 400 epochs of 100 000 points, 400 000 steps, 10 trials. Modes, "
-            f"high-quality share and reverse KL of {SAMPLES} samples."
+            f"{source}: generator 4 x 400 with BatchNorm, discriminator 3 maxout layers 200 x 5, Adam (0.8, 0.999), 100 packs a step. "
+            "The paper's rates are 1e-4, for 400 epochs of 100 000 points, 400 000 steps, and 10 trials, as in the full form; the "
+            f"short form has 1e-3. Modes, high-quality share and reverse KL of {SAMPLES} samples."
         ),
         metrics=("modes", "high_quality", "reverse_kl"),
         rows=rows,
@@ -108,20 +108,18 @@ def _pacgan(name: str, source: str, steps: int, published: dict[int, str]) -> Ta
         draw=draw,
         seeds=5,
         full_seeds=10,
-        full_steps=400_000,
+        full={"steps": 400_000, "lr_g": 1e-4, "lr_d": 1e-4},
     )
 
 
 PACGAN_RING = _pacgan(
     "pacgan1-ring",
     "ring",
-    20_000,
     {1: "6.3±0.5", 2: "7.9±0.1", 4: "7.8±0.1"},
 )
 PACGAN_GRID = _pacgan(
     "pacgan1-grid",
     "grid",
-    20_000,
     {1: "17.3±0.8", 2: "23.8±0.7", 4: "24.8±0.2"},
 )
 
@@ -155,7 +153,7 @@ UNROLLED_RING = Table(
     draw=draw,
     seeds=3,
     full_seeds=10,
-    full_steps=25_000,
+    full={"steps": 25_000},
 )
 
 _WGAN_GP = TrainConfig(
@@ -179,5 +177,5 @@ WGAN_GP_TOYS = Table(
     draw=draw,
     seeds=1,
     full_seeds=3,
-    full_steps=100_000,
+    full={"steps": 100_000},
 )
