@@ -175,6 +175,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "few modes for a moment": (RING, {"shares": [EVEN, ONE, ONE, EVEN, EVEN]}, [""] * 5),
     "classes of what is no digit yet": (CONFIG, {"shares": [ONE] * 4, "sure": 0.9, "nn_real": 1.0}, [""] * 4),
     "one class": (CONFIG, {"shares": [ONE] * 3, "sure": 0.9}, ["", "", "collapse"]),
+    "classes that come apart": (CONFIG, {"shares": [ONE] * 4, "sure": 0.9, "spread": [0.3, 0.44, 0.52, 0.56]}, [""] * 4),
     "hops between modes": (
         RING,
         {"shares": [(0.5, 0.5, *[0] * 6), (*[0] * 6, 0.5, 0.5)] * 3},
@@ -209,10 +210,15 @@ def test_a_sign_is_told_once_until_it_has_been_away() -> None:
 
 
 def test_looks_that_were_taken_back_are_forgotten() -> None:
+    """A sign that began before is no news after it; one that began later is told again."""
     monitor = Monitor(CONFIG)
-    for step in (1, 2, 3, 2):
-        monitor.look(Vitals(step, 1.0, 1.0, 1.0))
-    assert [v.step for v in monitor.history] == [1, 2]
+    told = [
+        (step, sign.kind)
+        for step, spread in ((1, 0.01), (2, 0.01), (3, 0.01), (4, 0.01), (3, 0.01), (4, 0.01), (2, 0.01), (3, 0.01))
+        for sign in monitor.look(Vitals(step, spread, 1.0, 1.0))
+    ]
+    assert told == [(3, "collapse"), (3, "collapse"), (3, "collapse")]
+    assert [v.step for v in monitor.history] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("preset", ["gan", "dcgan", "wgan-gp", "cgan", "unrolled", "ebgan"])

@@ -135,8 +135,6 @@ class Reporter:
     """All that a run writes: log.jsonl, TensorBoard events, pictures, checkpoints, and the progress line."""
 
     def __init__(self, ready: Ready) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.config, self.trainer, self.batches, self.run = ready.config, ready.trainer, ready.batches, ready.run
         self.engine, self.seconds = ready.engine, ready.seconds
         config, trainer = self.config, self.trainer
@@ -146,7 +144,7 @@ class Reporter:
         self.labels = [torch.arange(self.view.count) % ready.classes] if ready.classes else []
         self.z = sample_latent(self.view.count, config.z_dim, config.latent, latents)
         first = trainer.steps_done
-        self.board: Any = SummaryWriter(str(self.run.path), purge_step=first + 1 if first else None)
+        self.board = self._open_board(first + 1 if first else None)
         self.progress = Progress(config.steps, first, config.batch_size, Reader(config))
         self.last: dict[str, float] = {}  # row of log.jsonl
         self.saved_step = first or -1
@@ -155,6 +153,12 @@ class Reporter:
         self.bad = ""  # what was not finite, and at which step
         self.recent = deque[dict[str, float]](maxlen=256)  # rows of log.jsonl
         self.mark = time.perf_counter()
+
+    def _open_board(self, purge: int | None) -> Any:
+        """TensorBoard's writer; of events there before it forgets those from step `purge` on."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.run.path), purge_step=purge)
 
     def __enter__(self) -> Reporter:
         self.progress.__enter__()
@@ -244,7 +248,7 @@ class Reporter:
         """Forget all that was written after `step`, where the trainer stands again."""
         self.run.rewind(step)
         self.board.close()
-        self.board = type(self.board)(str(self.run.path), purge_step=step + 1)
+        self.board = self._open_board(step + 1)
         self.engine.losses.forget()
         self.pending, self.bad = [], ""
         self.recent = deque((row for row in self.recent if row["step"] <= step), self.recent.maxlen)

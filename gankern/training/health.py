@@ -61,14 +61,17 @@ class Monitor:
         self.seen: dict[str, int] = {}  # the number of looks when each sign was seen last
 
     def look(self, vitals: Vitals) -> list[Sign]:
-        """The signs that begin with this look; looks at later steps are forgotten."""
-        while self.history and self.history[-1].step >= vitals.step:
-            self.history.pop()
+        """The signs that begin with this look. Looks at later steps, from before a rollback, are forgotten."""
+        kept = [v for v in self.history if v.step < vitals.step]
+        if len(kept) < len(self.history):
+            self.history, self.seen = [], {}
+            for earlier in kept:
+                self.look(earlier)
         self.history.append(vitals)
         found, now = [], len(self.history)
         for kind, check in CHECKS.items():
             saw = check(self.config, self.history)
-            if saw and not 0 < now - self.seen.get(kind, -QUIET) <= QUIET:
+            if saw and now - self.seen.get(kind, -QUIET) > QUIET:
                 found.append(Sign(kind, saw, advice(kind, self.config)))
             if saw:
                 self.seen[kind] = now
@@ -114,14 +117,14 @@ def mode_collapse(config: TrainConfig, history: list[Vitals]) -> str:
     if len(last) < 3:
         return ""
     v = last[-1]
-    alike = all(w.spread <= ALIKE for w in last) and v.spread <= 1.1 * last[0].spread  # else it is coming apart
-    if alike and (v.moved is None or v.moved > STILL):
+    apart = v.spread > 1.1 * last[0].spread  # as in the beginning, when what is no digit yet is taken for an 8
+    if not apart and all(w.spread <= ALIKE for w in last) and (v.moved is None or v.moved > STILL):
         return (
             f"mode collapse: two samples differ by {v.spread:.2g} of the distance of two real ones; nearest neighbours of "
             f"{v.nn_fake:.0%} of the fakes are fakes"
         )
     counts = [_few(w, config) for w in last]
-    if all(counts) and v.shares is not None:
+    if all(counts) and v.shares is not None and (not apart or config.data in MIXTURES):
         return f"mode collapse: the samples are of about {counts[-1]:.1f} of {len(v.shares)} {_kinds(config)}"
     return ""
 
