@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
@@ -17,12 +18,14 @@ from torch import Tensor
 
 from gankern import data
 from gankern.cli.explain import Reader
+from gankern.cli.health import Health, LastGood
 from gankern.cli.measure import Measure
 from gankern.cli.progress import Progress
 from gankern.models import sample_latent
 from gankern.training import PRESETS, TrainConfig, Trainer, pictures
 from gankern.training.graph import Eager, Pending
-from gankern.training.run_dir import MODES, RunDir
+from gankern.training.health import Sign
+from gankern.training.run_dir import HEALTH, MODES, RunDir
 from gankern.training.views import coverage_of, view_of
 
 
@@ -72,7 +75,7 @@ class Stop:
 
 def watchers(ready: Ready) -> list[Watcher]:
     """Those that the settings ask for."""
-    return [Measure(ready)] if ready.config.metrics else []
+    return [Health(ready), *([Measure(ready)] if ready.config.metrics else [])]
 
 
 def fit(preset: str, ready: Ready) -> int:
@@ -81,6 +84,7 @@ def fit(preset: str, ready: Ready) -> int:
     reporter, looking, ended = Reporter(ready), [w for w in watchers(ready) if w.every], ""
     periods = [every for every in (config.log_every, config.sample_every, config.checkpoint_every) if every]
     periods += [watcher.every for watcher in looking]
+    good = LastGood(ready)
     with Stop() as stop, reporter:
         if trainer.steps_done == 0:
             reporter.begin()
@@ -91,20 +95,25 @@ def fit(preset: str, ready: Ready) -> int:
             step, last = trainer.steps_done, trainer.steps_done == config.steps
             if last or step % config.log_every == 0:
                 reporter.log()
-            for watcher in looking:
-                if last or step % watcher.every == 0:
-                    ended = ended or watcher.look(reporter)
-            last = last or bool(ended)
-            saving = not last and bool(reporter.best or (config.checkpoint_every and step % config.checkpoint_every == 0))
+            looks = [watcher for watcher in looking if last or step % watcher.every == 0]
+            saving = bool(config.checkpoint_every and step % config.checkpoint_every == 0)
             drawing = last or bool(config.sample_every and step % config.sample_every == 0)
-            if (saving or drawing) and reporter.settle():
-                break  # never saved: the last checkpoint stays good
-            if drawing:
+            if (looks or saving or drawing) and not reporter.settle():  # what is not finite is neither looked at nor saved
+                reporter.bad = good.keep(reporter.seconds_now())
+            for watcher in looks:
+                ended = ended or ("" if reporter.bad else watcher.look(reporter))
+            if reporter.bad:
+                good.back(reporter)
+                continue
+            last = last or bool(ended)
+            if drawing or last:
                 reporter.sample(f"fakes{step:06d}.png")
-            if saving:
+            if (saving or reporter.best) and not last:
                 reporter.save()
         reporter.film()
-        if reporter.settle():
+        if not reporter.bad and reporter.settle():
+            good.back(reporter)
+        if reporter.bad:
             print(f"gankern-train: training diverged: {reporter.bad}; the log stops before it", file=sys.stderr)
             return 1
         reporter.save()
@@ -130,8 +139,6 @@ class Reporter:
     """All that a run writes: log.jsonl, TensorBoard events, pictures, checkpoints, and the progress line."""
 
     def __init__(self, ready: Ready) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.config, self.trainer, self.batches, self.run = ready.config, ready.trainer, ready.batches, ready.run
         self.engine, self.seconds = ready.engine, ready.seconds
         config, trainer = self.config, self.trainer
@@ -141,7 +148,7 @@ class Reporter:
         self.labels = [torch.arange(self.view.count) % ready.classes] if ready.classes else []
         self.z = sample_latent(self.view.count, config.z_dim, config.latent, latents)
         first = trainer.steps_done
-        self.board = SummaryWriter(str(self.run.path), purge_step=first + 1 if first else None)
+        self.board = self._open_board(first + 1 if first else None)
         self.progress = Progress(config.steps, first, config.batch_size, Reader(config))
         self.last: dict[str, float] = {}  # row of log.jsonl
         self.saved_step = first or -1
@@ -150,7 +157,14 @@ class Reporter:
         self.closing: dict[str, str] = {}  # what watchers have to say at the end
         self.best: tuple[str, dict[str, float]] | None = None  # metric and row that make this step the best, to be saved
         self.bad = ""  # what was not finite, and at which step
+        self.recent = deque[dict[str, float]](maxlen=256)  # rows of log.jsonl
         self.mark = time.perf_counter()
+
+    def _open_board(self, purge: int | None) -> Any:
+        """TensorBoard's writer; of events there before it forgets those from step `purge` on."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.run.path), purge_step=purge)
 
     def __enter__(self) -> Reporter:
         self.progress.__enter__()
@@ -166,12 +180,6 @@ class Reporter:
         start = time.perf_counter()
         yield
         self.mark += time.perf_counter() - start
-
-    def seconds_now(self) -> float:
-        """Of training so far, also before a resume; waits for the device."""
-        if self.trainer.device.type == "cuda":
-            torch.cuda.synchronize(self.trainer.device)
-        return self.seconds + time.perf_counter() - self.mark
 
     def begin(self) -> None:
         """reals.png: real samples spread evenly over the data; fakes_init.png: samples before training."""
@@ -204,6 +212,7 @@ class Reporter:
         row = {"step": step, "time_s": round(self.seconds, 3), "images_per_s": round(rate, 1), **values}
         self.run.log(row)
         self.last = row
+        self.recent.append(row)
         for name in ("d_loss", "g_loss"):
             self.board.add_scalar(f"loss/{name}", row[name], step)
         for name in ("d_real", "d_fake"):
@@ -233,6 +242,28 @@ class Reporter:
         frames = [path for _, path in self.run.fakes()]
         if frames and self.dataset.kind != "images":
             pictures.animate(self.run.path / "training.gif", frames)
+
+    def seconds_now(self) -> float:
+        """Of training so far, also before a resume; waits for the device."""
+        if self.trainer.device.type == "cuda":
+            torch.cuda.synchronize(self.trainer.device)
+        return self.seconds + time.perf_counter() - self.mark
+
+    def warn(self, step: int, sign: Sign) -> None:
+        """A row of health.jsonl, a text for TensorBoard, a line."""
+        self.run.log({"step": step, "kind": sign.kind, "saw": sign.saw, "try": sign.advice}, HEALTH)
+        self.board.add_text(f"health/{sign.kind}", f"{sign.saw}; {sign.advice}", step)
+        print(f"step {step}: {sign.saw}; {sign.advice}", flush=True)
+
+    def rewind(self, step: int, seconds: float) -> None:
+        """Forget all that was written after `step`, where the trainer stands again."""
+        self.run.rewind(step)
+        self.board.close()
+        self.board = self._open_board(step + 1)
+        self.engine.losses.forget()
+        self.pending, self.best, self.bad = [], None, ""
+        self.recent = deque((row for row in self.recent if row["step"] <= step), self.recent.maxlen)
+        self.logged_step, self.seconds, self.mark = step, seconds, time.perf_counter()
 
     def save(self) -> None:
         """losses.png, and a checkpoint of the present step, unless it is there already: the last file, as a finished run stays as

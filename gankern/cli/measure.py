@@ -28,8 +28,6 @@ class Measure:
         the looks took then, are no part of it."""
         step, trained, share = reporter.trainer.steps_done, reporter.seconds_now() - self.before, self.config.metric_budget
         last = step == self.config.steps
-        if reporter.settle():
-            return ""
         if share and self.looks and not last and self.spent + self.latest > share * trained:
             if not self.skipped:
                 print(f"step {step}: no metrics here, nor wherever else they would take over {share:.0%} of the training time")
