@@ -502,7 +502,7 @@ def test_gankern_itself(capsys: Capture) -> None:
     assert all(name in listed for name in PRESETS)
     assert train_main(["--help"]) == 0
     assert "gan " in capsys.readouterr().out
-    names = "train, sample, evaluate, presets, explain, doctor, reproduce or bench"
+    names = "train, sample, evaluate, export, presets, explain, doctor, reproduce or bench"
     assert f"command must be {names}, got 'fly'" in refused(capsys, main(["fly"]), "gankern")
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gankern import data
+from gankern.cli.boards import Boards
 from gankern.cli.explain import Reader
 from gankern.cli.health import Health, LastGood
 from gankern.cli.measure import Measure
@@ -27,6 +28,9 @@ from gankern.training.graph import Eager, Pending
 from gankern.training.health import Sign
 from gankern.training.run_dir import HEALTH, MODES, RunDir
 from gankern.training.views import coverage_of, view_of
+
+# The group of each column of log.jsonl on a board; the other columns are those of techniques.
+TAGS = {"d_loss": "loss", "g_loss": "loss", "d_real": "score", "d_fake": "score"}
 
 
 class Ready(NamedTuple):
@@ -136,7 +140,7 @@ def next_multiple(step: int, every: int) -> int:
 
 
 class Reporter:
-    """All that a run writes: log.jsonl, TensorBoard events, pictures, checkpoints, and the progress line."""
+    """All that a run writes: log.jsonl, boards, pictures, checkpoints, and the progress line."""
 
     def __init__(self, ready: Ready) -> None:
         self.config, self.trainer, self.batches, self.run = ready.config, ready.trainer, ready.batches, ready.run
@@ -148,7 +152,7 @@ class Reporter:
         self.labels = [torch.arange(self.view.count) % ready.classes] if ready.classes else []
         self.z = sample_latent(self.view.count, config.z_dim, config.latent, latents)
         first = trainer.steps_done
-        self.board = self._open_board(first + 1 if first else None)
+        self.board = Boards(self.run, config, first)
         self.progress = Progress(config.steps, first, config.batch_size, Reader(config))
         self.last: dict[str, float] = {}  # row of log.jsonl
         self.saved_step = first or -1
@@ -159,12 +163,6 @@ class Reporter:
         self.bad = ""  # what was not finite, and at which step
         self.recent = deque[dict[str, float]](maxlen=256)  # rows of log.jsonl
         self.mark = time.perf_counter()
-
-    def _open_board(self, purge: int | None) -> Any:
-        """TensorBoard's writer; of events there before it forgets those from step `purge` on."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self.run.path), purge_step=purge)
 
     def __enter__(self) -> Reporter:
         self.progress.__enter__()
@@ -213,10 +211,8 @@ class Reporter:
         self.run.log(row)
         self.last = row
         self.recent.append(row)
-        for name in ("d_loss", "g_loss"):
-            self.board.add_scalar(f"loss/{name}", row[name], step)
-        for name in ("d_real", "d_fake"):
-            self.board.add_scalar(f"score/{name}", row[name], step)
+        for name, value in values.items():
+            self.board.add_scalar(f"{TAGS.get(name, 'techniques')}/{name}", value, step)
         self.board.add_scalar("speed/images_per_s", row["images_per_s"], step)
         self.progress.update(row)
 
@@ -235,7 +231,7 @@ class Reporter:
 
     def _picture(self, tag: str, name: str, picture: Tensor) -> None:
         pictures.save_png(self.run.path / name, picture)
-        self.board.add_image(tag, picture.numpy(), self.trainer.steps_done, dataformats="HWC")
+        self.board.add_image(tag, picture, self.trainer.steps_done)
 
     def film(self) -> None:
         """training.gif, of points and tables."""
@@ -258,8 +254,7 @@ class Reporter:
     def rewind(self, step: int, seconds: float) -> None:
         """Forget all that was written after `step`, where the trainer stands again."""
         self.run.rewind(step)
-        self.board.close()
-        self.board = self._open_board(step + 1)
+        self.board.rewind(step)
         self.engine.losses.forget()
         self.pending, self.best, self.bad = [], None, ""
         self.recent = deque((row for row in self.recent if row["step"] <= step), self.recent.maxlen)

@@ -105,6 +105,8 @@ def is_rule(line: str) -> bool:
 def prepare(preset: str, config: TrainConfig, held: contextlib.ExitStack) -> Ready | None:
     """All that may refuse: device, data, models, the run to resume, which is locked as long as `held`. None: all is done."""
     device = pick_device(config.device)
+    if config.track in ("wandb", "both"):
+        need("wandb", extra="wandb")
     if config.data not in data.NAMES:  # the run is found again from another folder too
         config = dataclasses.replace(config, data=str(Path(config.data).expanduser().resolve()))
     run, found = find_run(preset, config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +21,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+FORMATS = ("BMP", "JPEG", "PNG", "WEBP")  # Pillow goes by content, and has an external program run what is PostScript
 GREY_MODES = ("1", "L", "LA", "La", "I", "F")
+LARGE = 25_000_000  # pixels; such pictures are decoded one at a time, as each takes up to 8 bytes a pixel
+_one_large = threading.Lock()
 
 
 def read_folder(root: Path, size: int | None, channels: int | None, limit: int | None) -> Dataset:
@@ -80,10 +85,13 @@ def _read(path: Path, size: int | None, channels: int | None) -> Tensor | str:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
+        with (
+            Image.open(path, formats=FORMATS) as image,
+            _one_large if image.width * image.height > LARGE else contextlib.nullcontext(),
+        ):
             pixels = torch.from_numpy(_pixels(image))
     except UnidentifiedImageError:
-        return "no picture that Pillow knows"
+        return f"no picture of a kind that is read ({', '.join(FORMATS)})"
     except Exception as error:  # a decoder fed with broken data raises nearly anything
         return f"{error}" or type(error).__name__
     picture = pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1)

@@ -60,7 +60,7 @@ def load(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Any]:
             tensors = {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefixes)}  # noqa: SIM118
     except OSError as error:
         raise ValueError(f"{OP}: {path} must be readable, got: {error.strerror or error}") from error
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{OP}: {path} must be undamaged, got: {error}") from error
     if not entry:
         checks.fail(ValueError, OP, str(path), "be written by gankern", "another safetensors file")

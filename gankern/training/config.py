@@ -22,23 +22,11 @@ if TYPE_CHECKING:
 else:
     Loss = Literal[(*OBJECTIVES, "ebgan", "began", "mmd", "mmd-gan")]
 
+MOST, MOST_LAYERS = 2**62, 1000
 # What a resumed run may set anew: none of these changes a weight, and steps only says where to stop.
 MAY_CHANGE = frozenset(
-    {
-        *(
-            "outdir",
-            "steps",
-            "device",
-            "engine",
-            "log_every",
-            "sample_every",
-            "checkpoint_every",
-            "health_every",
-            "rollbacks",
-            "keep",
-        ),
-        *("resume", "dry_run", "metrics", "metric_every", "metric_samples", "metric_budget", "keep_best", "stop_after"),
-    }
+    {"outdir", "steps", "device", "engine", "log_every", "sample_every", "checkpoint_every", "keep", "track", "resume", "dry_run"}
+    | {"health_every", "rollbacks", "metrics", "metric_every", "metric_samples", "metric_budget", "keep_best", "stop_after"}
 )
 
 
@@ -85,6 +73,9 @@ class TrainConfig:
     with other noise, before it stops. 0: it stops at once."""
     keep: int = 2
     """Newest checkpoints kept. 0: all."""
+    track: Literal["tensorboard", "wandb", "both", "none"] = "tensorboard"
+    """Where all that is logged and drawn is shown too: tensorboard (event files in the run directory), wandb (Weights & Biases, an
+    extra package; with WANDB_MODE=offline into the run directory only), both, or none."""
     resume: str = "never"
     """never; auto (continue the newest run of this preset and data under the outdir, if any); or a run directory or checkpoint."""
     dry_run: bool = False
@@ -298,7 +289,7 @@ class TrainConfig:
         ):
             checks.number(OP, field, getattr(self, field), 0)
         checks.number(OP, "metric_samples", self.metric_samples, LEAST)
-        checks.number(OP, "seed", self.seed, 0, 2**62)
+        checks.number(OP, "seed", self.seed, 0, MOST)
         for field in ("label_smoothing", "fake_label", "label_noise", "g_dropout", "d_dropout", "began_gamma"):
             checks.number(OP, field, getattr(self, field), 0.0, 1.0)
         for field in ("real_label_range", "fake_label_range"):
@@ -312,6 +303,8 @@ class TrainConfig:
         for field in ("g_widths", "d_widths"):
             if any(width < 1 for width in getattr(self, field)):
                 checks.fail(ValueError, OP, field, "have widths >= 1", getattr(self, field))
+            if len(getattr(self, field)) > MOST_LAYERS:
+                checks.fail(ValueError, OP, field, f"be of at most {MOST_LAYERS} layers", len(getattr(self, field)))
         if not 1 <= len(self.mmd_bandwidths) <= MOST_SIGMAS or not all(math.isfinite(s) and s > 0 for s in self.mmd_bandwidths):
             checks.fail(ValueError, OP, "mmd_bandwidths", f"be 1 to {MOST_SIGMAS} numbers > 0", self.mmd_bandwidths)
         combinations.check(self)
@@ -354,6 +347,9 @@ class TrainConfig:
 
 
 def _check_type(field: str, value: object, kind: Any) -> None:
+    for v in value if isinstance(value, tuple) else (value,):
+        if isinstance(v, int) and abs(v) > MOST:
+            checks.fail(ValueError, OP, field, f"be in [-2^{MOST.bit_length() - 1}, 2^{MOST.bit_length() - 1}]", "more")
     origin = typing.get_origin(kind)
     if origin is Literal:
         checks.one_of(OP, field, value, typing.get_args(kind))

@@ -15,7 +15,7 @@ import shutil
 import socket
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gankern import checks
 from gankern.data import Table
@@ -31,6 +31,17 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})\.safetensors")
 _FAKES = re.compile(r"fakes(_init|\d{6,})\.png")
 
 
+class Facts(NamedTuple):
+    """What networks are made from, and what their samples are: preset, shape of a sample, classes (0 but for a conditional model),
+    what restores the units of a table, settings."""
+
+    preset: str
+    shape: tuple[int, ...]
+    classes: int
+    table: Table | None
+    config: TrainConfig
+
+
 class RunDir:
     """An existing run directory.
 
@@ -39,14 +50,8 @@ class RunDir:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, content = path, _content(path)
-        self.preset: str = content["preset"]
-        self.shape: tuple[int, ...] = tuple(content["shape"])
-        self.classes = content.get("classes", 0)  # of a conditional model
-        if type(self.classes) is not int or self.classes < 0:
-            checks.fail(ValueError, OP, str(path / CONFIG), "have classes >= 0", repr(self.classes))
-        self.table = _table(content.get("table"), self.shape[0], path)
-        self.config = TrainConfig.from_json(content.get("settings"), str(path / CONFIG))
+        self.path = path
+        self.preset, self.shape, self.classes, self.table, self.config = _facts(_content(path), str(path / CONFIG))
 
     @classmethod
     def create(
@@ -102,8 +107,11 @@ class RunDir:
         """Hold the run, which nobody else may then continue.
 
         Raises:
-            ValueError: another process holds it.
+            ValueError: another process holds it; or a symbolic link is there: what is written under its name would go elsewhere.
         """
+        for path in self.path.iterdir():
+            if path.is_symlink():
+                checks.fail(ValueError, OP, str(self.path), "hold no symbolic link when it is continued", path.name)
         return locked(self.path, OP)
 
     # --- checkpoints
@@ -151,8 +159,10 @@ class RunDir:
         path = self.path / name
         rows = []
         for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-            with suppress(ValueError):
-                rows.append(json.loads(line))
+            with suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and type(row.get("step")) is int:
+                    rows.append(row)
         return rows
 
     def rewind(self, step: int) -> None:
@@ -227,31 +237,56 @@ def _numbered(outdir: Path) -> list[tuple[int, Path]]:
     return [(int(match[1]), p) for p in outdir.iterdir() if (match := _RUN.match(p.name)) and p.is_dir()]
 
 
+def read_facts(text: str, source: str) -> Facts:
+    """The facts in JSON; other keys are passed over. `source` opens the sentence of a refusal.
+
+    Raises:
+        ValueError: no JSON, or a fact that is missing, of another type, or out of range.
+    """
+    return _facts(_parsed(text, source), source)
+
+
 def _content(path: Path) -> dict[str, Any]:
     """What config.json of the run at `path` holds."""
     try:
-        content = json.loads((path / CONFIG).read_text())
+        text = (path / CONFIG).read_text()
     except OSError:
         checks.fail(ValueError, OP, str(path), f"be a run directory with a {CONFIG}", "none there")
     except ValueError as error:
         checks.fail(ValueError, OP, str(path / CONFIG), "be JSON", str(error))
+    return _parsed(text, str(path / CONFIG))
+
+
+def _parsed(text: str, source: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        checks.fail(ValueError, OP, source, "be JSON", str(error))
     if not isinstance(content, dict) or not isinstance(content.get("preset"), str) or not _is_shape(content.get("shape")):
-        checks.fail(ValueError, OP, str(path / CONFIG), "name a preset and the shape of a sample", "neither or one of them")
+        checks.fail(ValueError, OP, source, "name a preset and the shape of a sample", "neither or one of them")
     return content
 
 
+def _facts(content: dict[str, Any], source: str) -> Facts:
+    shape, classes = tuple(content["shape"]), content.get("classes", 0)
+    if type(classes) is not int or not 0 <= classes < 2**31:
+        checks.fail(ValueError, OP, source, "have classes in [0, 2^31)", repr(classes))
+    table = _table(content.get("table"), shape[0], source)
+    return Facts(content["preset"], shape, classes, table, TrainConfig.from_json(content.get("settings"), source))
+
+
 def _is_shape(value: object) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(type(v) is int and v > 0 for v in value)
+    return isinstance(value, list) and 0 < len(value) <= 8 and all(type(v) is int and 0 < v < 2**31 for v in value)
 
 
-def _table(value: Any, features: int, path: Path) -> Table | None:
+def _table(value: Any, features: int, source: str) -> Table | None:
     """What `write_config` wrote as "table", with an entry for each feature."""
     if value is None:
         return None
     try:
         table = Table(tuple(map(str, value["columns"])), tuple(map(float, value["mean"])), tuple(map(float, value["std"])))
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         table = Table((), (), ())
     if any(len(part) != features for part in table):
-        checks.fail(ValueError, OP, str(path / CONFIG), f"have a table of {features} columns, mean and std", repr(value))
+        checks.fail(ValueError, OP, source, f"have a table of {features} columns, mean and std", "another")
     return table
