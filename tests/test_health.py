@@ -32,7 +32,24 @@ RING = PRESETS["unrolled"].config
 # --- what is measured
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "gan",
+        "dcgan",
+        "wgan-gp",
+        "sngan",
+        "cgan",
+        "acgan",
+        "ebgan",
+        "gmmn",
+        "mmd-gan",
+        "unrolled",
+        "improved",
+        "ctgan-like",
+        "vae-gan",
+    ],
+)
 def test_looks_leave_the_training_as_it_is(preset: str) -> None:
     """Bit for bit: weights, buffers, optimisers, random numbers, and the modes of all layers."""
     settings = small.config(preset, seed=3)
@@ -117,7 +134,7 @@ def test_modes_and_digits_are_counted() -> None:
     assert vitals is not None
     assert vitals.shares == (0.5, 0.5, 0, 0, 0, 0, 0, 0)
     assert vitals.sure == 1.0
-    digits = data.load("mnist", limit=4000)
+    digits = data.load("mnist", limit=2500)
     assert digits.labels is not None
     ones = digits.samples[digits.labels == 1][:COUNT].float() / 127.5 - 1
     vitals = examiner_of(digits, ones).look()
@@ -167,7 +184,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     ),
     "frozen": (CONFIG, {"ranked": 1.0, "moved": [None, 0.0, 0.0], "spread": 0.01}, ["", "", "generator"]),
     "converged": (CONFIG, {"ranked": 0.5, "moved": [0.0] * 5, "gradient": [1.0, 0.1, 0.001, 1e-5, 1e-6]}, [""] * 5),
-    "gradient fades": (CONFIG, {"ranked": 1.0, "gradient": [1.0, 0.5, 0.019, 0.018]}, ["", "", "", "gradient"]),
+    "gradient fades": (CONFIG, {"ranked": 1.0, "gradient": [1.0, 0.5, 0.049, 0.048]}, ["", "", "", "gradient"]),
     "gradient is nothing for Adam": (CONFIG, {"ranked": 1.0, "gradient": [1e-9] * 2}, ["", "gradient"]),
     "all alike": (CONFIG, {"spread": [0.9, 0.07, 0.06, 0.06]}, ["", "", "", "collapse"]),
     "coming apart": (CONFIG, {"spread": [0.04, 0.05, 0.06, 0.07, 0.078]}, [""] * 5),
@@ -249,27 +266,14 @@ CONV = ("--conv-width", "6", "--batch-size", "16", "--limit", "2000")
 FAILING = {
     "critic": ("dcgan", "--conv-width", "8", "--batch-size", "32", "--steps", "160", "--health-every", "40", "--lr-d", "2e-2"),
     "generator": ("gan", *SMALL, "--steps", "120", "--health-every", "40", "--lr-g", "0"),
-    "gradient": (
-        "gan-minimax",
-        *SMALL,
-        "--steps",
-        "200",
-        "--health-every",
-        "40",
-        "--lr-g",
-        "1e-7",
-        "--lr-d",
-        "2e-3",
-        "--label-smoothing",
-        "1",
-    ),
+    "gradient": ("gan-minimax", *SMALL, "--steps", "60", "--health-every", "10", "--lr-g", "1e-7", "--lr-d", "2e-3"),
 }
 HEALTHY = {
-    "gan": (*SMALL, "--steps", "300"),
+    "gan": (*SMALL, "--steps", "200"),
     "dcgan": (*CONV, "--steps", "200"),
     "lsgan": (*CONV, "--steps", "200"),
-    "wgan-gp": (*SMALL, "--steps", "200"),
-    "unrolled": ("--steps", "600", "--unroll", "0", "--pack", "2", "--batch-size", "256"),
+    "wgan-gp": (*SMALL, "--steps", "150"),
+    "unrolled": ("--steps", "600", "--unroll", "0", "--pack", "2", "--batch-size", "128"),
 }
 
 
@@ -294,7 +298,7 @@ def test_ring_without_packing_is_told_once_even_if_it_is_resumed(tmp_path: Path)
     """Three looks before the break, three after it: the sign that lasts is no news."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    flags = ["--unroll", "0", "--health-every", "100", "--batch-size", "256"]
+    flags = ["--unroll", "0", "--health-every", "100", "--batch-size", "128"]
     _, run = go(tmp_path, "unrolled", *flags, "--steps", "300")
     (first,) = rows(run)
     assert (first["step"], first["kind"]) == (300, "collapse")
@@ -308,10 +312,15 @@ def test_ring_without_packing_is_told_once_even_if_it_is_resumed(tmp_path: Path)
     assert "health/spread" in events.Tags()["scalars"]
 
 
-def test_off_and_short_runs_have_no_looks(tmp_path: Path) -> None:
-    for flags in (["--health-every", "0"], ["--health-every", "5"]):
-        _, run = go(tmp_path, "gan", *SMALL, "--steps", "4", *flags)
-        assert not (run / "vitals.jsonl").exists()
+def test_weights_are_the_same_with_and_without_looks(tmp_path: Path) -> None:
+    """Off, on, and in a run too short for a look."""
+    states = []
+    for every in (0, 2, 5):
+        _, run = go(tmp_path, "gan", *SMALL, "--steps", "4", "--health-every", str(every))
+        assert (run / "vitals.jsonl").exists() == (every == 2)
+        states.append(state(run, 4))
+    assert_same(states[0], states[1])
+    assert_same(states[0], states[2])
 
 
 def test_data_that_are_all_the_same_are_not_looked_at(tmp_path: Path) -> None:

@@ -60,21 +60,25 @@ class LastGood:
 
     def __init__(self, ready: Ready) -> None:
         self.ready, self.used = ready, 0
-        self.keep(ready.seconds)
+        self._remember(ready.seconds)
 
     def keep(self, seconds: float) -> str:
         """Keep the present state, after `seconds` of training. Returns which parameter is not finite, in words, or ""."""
-        trainer, batches = self.ready.trainer, self.ready.batches
+        trainer = self.ready.trainer
         for role, net in (("generator", trainer.generator), ("discriminator", trainer.discriminator)):
             parameters = dict(net.named_parameters())
-            sizes = torch.stack(torch._foreach_norm([p.detach() for p in parameters.values()], torch.inf))
-            for name, size in zip(parameters, sizes.tolist(), strict=True):
+            sizes = torch._foreach_norm([p.detach() for p in parameters.values()], torch.inf)
+            for name, size in zip(parameters, torch.stack(sizes).tolist() if sizes else (), strict=True):
                 if not size < torch.inf:
                     return f"{role}.{name} is not finite after step {trainer.steps_done}"
-        if self.ready.config.rollbacks:
-            self.state = {k: v.to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in trainer.state_dict().items()}
-            self.position, self.seconds = batches.state_dict(), seconds
+        self._remember(seconds)
         return ""
+
+    def _remember(self, seconds: float) -> None:
+        if self.ready.config.rollbacks:
+            state = self.ready.trainer.state_dict()
+            self.state = {k: v.to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
+            self.position, self.seconds = self.ready.batches.state_dict(), seconds
 
     def back(self, reporter: Reporter) -> bool:
         """After `reporter.bad`: go back, forget what came since, and draw other random numbers from there.
