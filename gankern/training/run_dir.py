@@ -110,7 +110,7 @@ class RunDir:
             ValueError: another process holds it; or a symbolic link is there: what is written under its name would go elsewhere.
         """
         for path in self.path.iterdir():
-            if path.is_symlink():
+            if path.is_symlink() and path.name.removeprefix(TEMPORARY) != BEST:  # through which nothing is written
                 checks.fail(ValueError, OP, str(self.path), "hold no symbolic link when it is continued", path.name)
         return locked(self.path, OP)
 
