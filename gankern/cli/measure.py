@@ -59,7 +59,7 @@ class Measure:
         """
         name, patience = self.config.keep_best, self.config.stop_after
         rank, saved = METRICS[name].rank, dict(self.run.checkpoints())
-        earlier = [r for r in self.run.rows(metric_log(name)) if r["step"] < step]
+        earlier = [r for r in self.run.rows(metric_log(name)) if r["step"] < step and isinstance(r.get("value"), (int, float))]
         self.best = min((r for r in earlier if r["step"] in saved), key=rank, default=None)
         if self.best is not None:
             self.run.mark_best(name, self.best)
