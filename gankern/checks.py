@@ -54,7 +54,7 @@ def number(op: str, argument: str, value: float, low: float, high: float = math.
     """Refuse anything but a finite real number in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail(TypeError, op, argument, "be a number", type(value).__name__)
-    if not (math.isfinite(value) and low <= value <= high):
+    if not (low <= value <= high and abs(value) < math.inf):
         bounds = "" if low == -math.inf else f" >= {low:g}"
         wanted = f"be a finite number{bounds}" if high == math.inf else f"be in [{low:g}, {high:g}]"
         fail(ValueError, op, argument, wanted, value)

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from gankern import data
+from gankern.cli.boards import Boards
 from gankern.cli.explain import Reader
 from gankern.cli.health import Health, LastGood
+from gankern.cli.measure import Measure
 from gankern.cli.progress import Progress
 from gankern.models import sample_latent
 from gankern.training import PRESETS, TrainConfig, Trainer, pictures
@@ -26,6 +28,9 @@ from gankern.training.graph import Eager, Pending
 from gankern.training.health import Sign
 from gankern.training.run_dir import HEALTH, MODES, RunDir
 from gankern.training.views import coverage_of, view_of
+
+# The group of each column of log.jsonl on a board; the other columns are those of techniques.
+TAGS = {"d_loss": "loss", "g_loss": "loss", "d_real": "score", "d_fake": "score"}
 
 
 class Ready(NamedTuple):
@@ -74,7 +79,7 @@ class Stop:
 
 def watchers(ready: Ready) -> list[Watcher]:
     """Those that the settings ask for."""
-    return [Health(ready)]
+    return [Health(ready), *([Measure(ready)] if ready.config.metrics else [])]
 
 
 def fit(preset: str, ready: Ready) -> int:
@@ -95,7 +100,7 @@ def fit(preset: str, ready: Ready) -> int:
             if last or step % config.log_every == 0:
                 reporter.log()
             looks = [watcher for watcher in looking if last or step % watcher.every == 0]
-            saving = last or bool(config.checkpoint_every and step % config.checkpoint_every == 0)
+            saving = bool(config.checkpoint_every and step % config.checkpoint_every == 0)
             drawing = last or bool(config.sample_every and step % config.sample_every == 0)
             if (looks or saving or drawing) and not reporter.settle():  # what is not finite is neither looked at nor saved
                 reporter.bad = good.keep(reporter.seconds_now())
@@ -104,22 +109,25 @@ def fit(preset: str, ready: Ready) -> int:
             if reporter.bad:
                 good.back(reporter)
                 continue
-            if drawing:
+            last = last or bool(ended)
+            if last or drawing:
                 reporter.sample(f"fakes{step:06d}.png")
-            if saving:
+            if not last and (saving or reporter.best):
                 reporter.save()
         if not reporter.bad and reporter.settle():
             good.back(reporter)
+        reporter.film()
         if reporter.bad:
             print(f"gankern-train: training diverged: {reporter.bad}; the log stops before it", file=sys.stderr)
             return 1
         reporter.save()
+    for sentence in reporter.closing.values():
+        print(sentence)
     if ended:
         print(f"ended after step {trainer.steps_done}, all saved: {ended}")
         return 0
     if trainer.steps_done < config.steps:
-        words = ["gankern-train", preset, *flags(preset, dataclasses.replace(config, resume=str(run.path)))]
-        print(f"stopped after step {trainer.steps_done}, all saved; to resume: {shlex.join(words)}")
+        print(f"stopped after step {trainer.steps_done}, all saved; to resume: {to_resume(preset, ready)}")
         return 128 + stop.signal
     losses = f": {Reader(config).losses(reporter.last)}" if reporter.last else ""
     where = f"samples: {run.path / f'fakes{config.steps:06d}.png'}; more: gankern sample {run.path}"
@@ -132,7 +140,7 @@ def next_multiple(step: int, every: int) -> int:
 
 
 class Reporter:
-    """All that a run writes: log.jsonl, TensorBoard events, pictures, checkpoints, and the progress line."""
+    """All that a run writes: log.jsonl, boards, pictures, checkpoints, and the progress line."""
 
     def __init__(self, ready: Ready) -> None:
         self.config, self.trainer, self.batches, self.run = ready.config, ready.trainer, ready.batches, ready.run
@@ -144,32 +152,25 @@ class Reporter:
         self.labels = [torch.arange(self.view.count) % ready.classes] if ready.classes else []
         self.z = sample_latent(self.view.count, config.z_dim, config.latent, latents)
         first = trainer.steps_done
-        self.board = self._open_board(first + 1 if first else None)
+        self.board = Boards(self.run, config, first)
         self.progress = Progress(config.steps, first, config.batch_size, Reader(config))
         self.last: dict[str, float] = {}  # row of log.jsonl
         self.saved_step = first or -1
         self.logged_step = first
         self.pending: list[Pending] = []
+        self.closing: dict[str, str] = {}  # what watchers have to say at the end
+        self.best: tuple[str, dict[str, float]] | None = None  # metric and row that make this step the best, to be saved
         self.bad = ""  # what was not finite, and at which step
         self.recent = deque[dict[str, float]](maxlen=256)  # rows of log.jsonl
         self.mark = time.perf_counter()
-
-    def _open_board(self, purge: int | None) -> Any:
-        """TensorBoard's writer; of events there before it forgets those from step `purge` on."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self.run.path), purge_step=purge)
 
     def __enter__(self) -> Reporter:
         self.progress.__enter__()
         return self
 
-    def __exit__(self, fault: object, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.progress.__exit__()
         self.board.close()
-        frames = [path for _, path in self.run.fakes()]
-        if frames and fault is None and self.dataset.kind != "images":
-            pictures.animate(self.run.path / "training.gif", frames)
 
     @contextlib.contextmanager
     def off_the_clock(self) -> Any:
@@ -177,6 +178,12 @@ class Reporter:
         start = time.perf_counter()
         yield
         self.mark += time.perf_counter() - start
+
+    def seconds_now(self) -> float:
+        """Of training so far, also before a resume; waits for the device."""
+        if self.trainer.device.type == "cuda":
+            torch.cuda.synchronize(self.trainer.device)
+        return self.seconds + time.perf_counter() - self.mark
 
     def begin(self) -> None:
         """reals.png: real samples spread evenly over the data; fakes_init.png: samples before training."""
@@ -210,10 +217,8 @@ class Reporter:
         self.run.log(row)
         self.last = row
         self.recent.append(row)
-        for name in ("d_loss", "g_loss"):
-            self.board.add_scalar(f"loss/{name}", row[name], step)
-        for name in ("d_real", "d_fake"):
-            self.board.add_scalar(f"score/{name}", row[name], step)
+        for name, value in values.items():
+            self.board.add_scalar(f"{TAGS.get(name, 'techniques')}/{name}", value, step)
         self.board.add_scalar("speed/images_per_s", row["images_per_s"], step)
         self.progress.update(row)
 
@@ -232,14 +237,16 @@ class Reporter:
 
     def _picture(self, tag: str, name: str, picture: Tensor) -> None:
         pictures.save_png(self.run.path / name, picture)
-        self.board.add_image(tag, picture.numpy(), self.trainer.steps_done, dataformats="HWC")
+        self.board.add_image(tag, picture, self.trainer.steps_done)
 
-    def seconds_now(self) -> float:
-        """Of training so far."""
-        return self.seconds + time.perf_counter() - self.mark
+    def film(self) -> None:
+        """training.gif, of points and tables."""
+        frames = [path for _, path in self.run.fakes()]
+        if frames and self.dataset.kind != "images":
+            pictures.animate(self.run.path / "training.gif", frames)
 
     def warn(self, step: int, sign: Sign) -> None:
-        """A row of health.jsonl, a text for TensorBoard, a line."""
+        """A row of health.jsonl, a text on the boards, a line."""
         self.run.log({"step": step, "kind": sign.kind, "saw": sign.saw, "try": sign.advice}, HEALTH)
         self.board.add_text(f"health/{sign.kind}", f"{sign.saw}; {sign.advice}", step)
         print(f"step {step}: {sign.saw}; {sign.advice}", flush=True)
@@ -247,26 +254,31 @@ class Reporter:
     def rewind(self, step: int, seconds: float) -> None:
         """Forget all that was written after `step`, where the trainer stands again."""
         self.run.rewind(step)
-        self.board.close()
-        self.board = self._open_board(step + 1)
+        self.board.rewind(step)
         self.engine.losses.forget()
-        self.pending, self.bad = [], ""
+        self.pending, self.bad, self.best = [], "", None
         self.recent = deque((row for row in self.recent if row["step"] <= step), self.recent.maxlen)
         self.logged_step, self.seconds, self.mark = step, seconds, time.perf_counter()
 
     def save(self) -> None:
-        """A checkpoint of the present step, unless it is there already, and losses.png."""
+        """losses.png, and a checkpoint of the present step, unless it is there already: the last file, as a finished run stays as
+        it is."""
         step = self.trainer.steps_done
         if step == self.saved_step:
             return
         with self.off_the_clock():
-            state = self.trainer.state_dict() | {f"data.{k}": v for k, v in self.batches.state_dict().items()}
-            self.run.save(state | {"device": self.trainer.device.type, "time_s": self.seconds_now()}, self.config.keep)
             rows = self.run.rows()
             if rows:
                 pictures.plot_losses(self.run.path / "losses.png", rows, self.run.path.name, self.progress.reader.names)
             self.board.flush()
-        self.saved_step = step
+            state = self.trainer.state_dict() | {f"data.{k}": v for k, v in self.batches.state_dict().items()}
+            self.run.save(state | {"device": self.trainer.device.type}, self.config.keep, self.best)
+        self.saved_step, self.best = step, None
+
+
+def to_resume(preset: str, ready: Ready) -> str:
+    """The command that continues the run."""
+    return shlex.join(["gankern-train", preset, *flags(preset, dataclasses.replace(ready.config, resume=str(ready.run.path)))])
 
 
 def flags(preset: str, config: TrainConfig) -> list[str]:
