@@ -110,13 +110,13 @@ def fit(preset: str, ready: Ready) -> int:
                 good.back(reporter)
                 continue
             last = last or bool(ended)
-            if drawing or last:
+            if last or drawing:
                 reporter.sample(f"fakes{step:06d}.png")
-            if (saving or reporter.best) and not last:
+            if not last and (saving or reporter.best):
                 reporter.save()
-        reporter.film()
         if not reporter.bad and reporter.settle():
             good.back(reporter)
+        reporter.film()
         if reporter.bad:
             print(f"gankern-train: training diverged: {reporter.bad}; the log stops before it", file=sys.stderr)
             return 1
@@ -179,6 +179,12 @@ class Reporter:
         yield
         self.mark += time.perf_counter() - start
 
+    def seconds_now(self) -> float:
+        """Of training so far, also before a resume; waits for the device."""
+        if self.trainer.device.type == "cuda":
+            torch.cuda.synchronize(self.trainer.device)
+        return self.seconds + time.perf_counter() - self.mark
+
     def begin(self) -> None:
         """reals.png: real samples spread evenly over the data; fakes_init.png: samples before training."""
         with self.off_the_clock():
@@ -239,14 +245,8 @@ class Reporter:
         if frames and self.dataset.kind != "images":
             pictures.animate(self.run.path / "training.gif", frames)
 
-    def seconds_now(self) -> float:
-        """Of training so far, also before a resume; waits for the device."""
-        if self.trainer.device.type == "cuda":
-            torch.cuda.synchronize(self.trainer.device)
-        return self.seconds + time.perf_counter() - self.mark
-
     def warn(self, step: int, sign: Sign) -> None:
-        """A row of health.jsonl, a text for TensorBoard, a line."""
+        """A row of health.jsonl, a text on the boards, a line."""
         self.run.log({"step": step, "kind": sign.kind, "saw": sign.saw, "try": sign.advice}, HEALTH)
         self.board.add_text(f"health/{sign.kind}", f"{sign.saw}; {sign.advice}", step)
         print(f"step {step}: {sign.saw}; {sign.advice}", flush=True)
@@ -256,7 +256,7 @@ class Reporter:
         self.run.rewind(step)
         self.board.rewind(step)
         self.engine.losses.forget()
-        self.pending, self.best, self.bad = [], None, ""
+        self.pending, self.bad, self.best = [], "", None
         self.recent = deque((row for row in self.recent if row["step"] <= step), self.recent.maxlen)
         self.logged_step, self.seconds, self.mark = step, seconds, time.perf_counter()
 

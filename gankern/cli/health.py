@@ -116,10 +116,16 @@ class LastGood:
         """Make the steps since the state kept once more, and look at every tensor of step `bad` and the one before."""
         self._restore()
         trainer, engine, batches = self.ready.trainer, self.ready.engine, self.ready.batches
-        while trainer.steps_done < bad:
+        parameters, found = [*trainer.generator.parameters(), *trainer.discriminator.parameters()], ""
+        gradients = [p.grad for p in parameters]  # into which a graph writes
+        while trainer.steps_done < bad and not found:
             batch = engine.gather(batches.indices())
             if trainer.steps_done < bad - 2:
                 trainer.step(*batch)
-            elif found := first_bad(trainer, *batch):
-                return f"first of all {found}, at step {trainer.steps_done}"
+            else:
+                found = first_bad(trainer, *batch)
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
+        if found:
+            return f"first of all {found}, at step {trainer.steps_done}"
         return "made once more, these steps were all finite"

@@ -1,8 +1,8 @@
 """RunDir: the directory of one training run, `00000-gan-mnist-b64`, and all that is read from and written to it.
 
 config.json (preset, settings, versions), log.jsonl, reals.png, fakes_init.png, fakes%06d.png, losses.png,
-checkpoint-%06d.safetensors, TensorBoard event files, vitals.jsonl (the numbers of each look at the run's health) and health.jsonl
-(the signs of trouble); of points and tables training.gif, of mixtures modes.jsonl too. With --metrics metric-NAME.jsonl; with
+checkpoint-%06d.safetensors, TensorBoard event files, vitals.jsonl (the numbers of each look at the run's health), health.jsonl (the
+signs of trouble); of points and tables training.gif, of mixtures modes.jsonl too. With --metrics metric-NAME.jsonl; with
 --keep-best `best`, a link to the best checkpoint, and best.json (metric, step, value).
 """
 
