@@ -269,7 +269,7 @@ CONV = ("--conv-width", "6", "--batch-size", "16", "--limit", "2000")
 FAILING = {
     "critic": ("dcgan", "--conv-width", "8", "--batch-size", "32", "--steps", "160", "--health-every", "40", "--lr-d", "2e-2"),
     "generator": ("gan", *SMALL, "--steps", "120", "--health-every", "40", "--lr-g", "0"),
-    "gradient": ("gan-minimax", *SMALL, "--steps", "60", "--health-every", "10", "--lr-g", "1e-7", "--lr-d", "2e-3"),
+    "gradient": ("gan-minimax", *SMALL, "--steps", "150", "--health-every", "10", "--lr-g", "1e-7", "--lr-d", "2e-3"),
 }
 HEALTHY = {
     "gan": (*SMALL, "--steps", "200"),
