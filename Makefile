@@ -36,7 +36,7 @@ $(ENV): pyproject.toml
 	@mkdir -p $(STAMPS) && echo '$(SETTINGS)' >$(STAMPS)/settings && touch $@
 
 $(STAMPS)/dev: $(ENV)
-	$(PIP) install -q pytest pytest-benchmark pytest-timeout pytest-xdist hypothesis ruff==0.17.6 mypy==2.4.1 "lightning>=2.6,<3" scipy "torchmetrics>=1.9" onnx onnxruntime onnxscript wandb
+	$(PIP) install -q pytest pytest-benchmark pytest-timeout pytest-xdist hypothesis ruff==0.17.6 mypy==2.4.1 "lightning>=2.6,<3" playwright scipy "torchmetrics>=1.9" onnx onnxruntime onnxscript wandb
 	@touch $@
 
 $(STAMPS)/build: $(ENV) setup.py $(CSRC)

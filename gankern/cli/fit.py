@@ -17,15 +17,17 @@ import torch
 from torch import Tensor
 
 from gankern import data
+from gankern.cli import report
 from gankern.cli.boards import Boards
 from gankern.cli.explain import Reader
 from gankern.cli.health import Health, LastGood
 from gankern.cli.measure import Measure
 from gankern.cli.progress import Progress
 from gankern.models import sample_latent
-from gankern.training import PRESETS, TrainConfig, Trainer, pictures
+from gankern.training import TrainConfig, Trainer, pictures
 from gankern.training.graph import Eager, Pending
 from gankern.training.health import Sign
+from gankern.training.presets import flags
 from gankern.training.run_dir import HEALTH, MODES, RunDir
 from gankern.training.views import coverage_of, view_of
 
@@ -124,15 +126,25 @@ def fit(preset: str, ready: Ready) -> int:
     for sentence in reporter.closing.values():
         print(sentence)
     if ended:
-        print(f"ended after step {trainer.steps_done}, all saved: {ended}")
+        print(f"ended after step {trainer.steps_done}, all saved: {ended}{_page(ready)}")
         return 0
     if trainer.steps_done < config.steps:
         print(f"stopped after step {trainer.steps_done}, all saved; to resume: {to_resume(preset, ready)}")
         return 128 + stop.signal
     losses = f": {Reader(config).losses(reporter.last)}" if reporter.last else ""
     where = f"samples: {run.path / f'fakes{config.steps:06d}.png'}; more: gankern sample {run.path}"
-    print(f"finished {config.steps} steps{losses}; {where}")
+    print(f"finished {config.steps} steps{losses}; {where}{_page(ready)}")
     return 0
+
+
+def _page(ready: Ready) -> str:
+    """Write report.html; returns where it is, in words. What goes wrong with it is no fault of the training."""
+    if not ready.config.report:
+        return ""
+    try:
+        return f"; page: {report.write([ready.run.path], dataset=ready.dataset)}"
+    except (OSError, ValueError) as error:
+        return f"; no page: {error}"
 
 
 def next_multiple(step: int, every: int) -> int:
@@ -248,8 +260,8 @@ class Reporter:
     def warn(self, step: int, sign: Sign) -> None:
         """A row of health.jsonl, a text on the boards, a line."""
         self.run.log({"step": step, "kind": sign.kind, "saw": sign.saw, "try": sign.advice}, HEALTH)
-        self.board.add_text(f"health/{sign.kind}", f"{sign.saw}; {sign.advice}", step)
-        print(f"step {step}: {sign.saw}; {sign.advice}", flush=True)
+        self.board.add_text(f"health/{sign.kind}", f"{sign.saw}; try {sign.advice}", step)
+        print(f"step {step}: {sign.saw}; try {sign.advice}", flush=True)
 
     def rewind(self, step: int, seconds: float) -> None:
         """Forget all that was written after `step`, where the trainer stands again."""
@@ -279,16 +291,3 @@ class Reporter:
 def to_resume(preset: str, ready: Ready) -> str:
     """The command that continues the run."""
     return shlex.join(["gankern-train", preset, *flags(preset, dataclasses.replace(ready.config, resume=str(ready.run.path)))])
-
-
-def flags(preset: str, config: TrainConfig) -> list[str]:
-    """The flags that give `config`, for those fields in which it differs from the preset."""
-    words = []
-    for name, value in dataclasses.asdict(config).items():
-        if value != getattr(PRESETS[preset].config, name):
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-            else:
-                words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return words

@@ -26,7 +26,17 @@ MOST, MOST_LAYERS = 2**62, 1000
 # What a resumed run may set anew: none of these changes a weight, and steps only says where to stop.
 MAY_CHANGE = frozenset(
     {"outdir", "steps", "device", "engine", "log_every", "sample_every", "checkpoint_every", "keep", "track", "resume", "dry_run"}
-    | {"health_every", "rollbacks", "metrics", "metric_every", "metric_samples", "metric_budget", "keep_best", "stop_after"}
+    | {
+        "health_every",
+        "rollbacks",
+        "report",
+        "metrics",
+        "metric_every",
+        "metric_samples",
+        "metric_budget",
+        "keep_best",
+        "stop_after",
+    }
 )
 
 
@@ -81,6 +91,8 @@ class TrainConfig:
     dry_run: bool = False
     """Print settings, models, device and backends, then stop. Writes nothing."""
 
+    report: bool = True
+    """Write report.html when the run has ended: samples over time, curves, settings; also by gankern report."""
     metrics: str = ""
     """Metrics to take of samples (of the averaged weights with --ema) while training, such as fid,kid,1nn: of fid, kid, 1nn, prdc,
     wasserstein; modes (mixtures, digits); is, mode-score (mnist). Images are seen through the bundled digit classifier."""
