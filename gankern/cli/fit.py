@@ -260,8 +260,8 @@ class Reporter:
     def warn(self, step: int, sign: Sign) -> None:
         """A row of health.jsonl, a text on the boards, a line."""
         self.run.log({"step": step, "kind": sign.kind, "saw": sign.saw, "try": sign.advice}, HEALTH)
-        self.board.add_text(f"health/{sign.kind}", f"{sign.saw}; {sign.advice}", step)
-        print(f"step {step}: {sign.saw}; {sign.advice}", flush=True)
+        self.board.add_text(f"health/{sign.kind}", f"{sign.saw}; try {sign.advice}", step)
+        print(f"step {step}: {sign.saw}; try {sign.advice}", flush=True)
 
     def rewind(self, step: int, seconds: float) -> None:
         """Forget all that was written after `step`, where the trainer stands again."""

@@ -26,8 +26,17 @@ MOST, MOST_LAYERS = 2**62, 1000
 # What a resumed run may set anew: none of these changes a weight, and steps only says where to stop.
 MAY_CHANGE = frozenset(
     {"outdir", "steps", "device", "engine", "log_every", "sample_every", "checkpoint_every", "keep", "track", "resume", "dry_run"}
-    | {"health_every", "rollbacks", "report", "metrics", "metric_every", "metric_samples", "metric_budget", "keep_best"}
-    | {"stop_after"}
+    | {
+        "health_every",
+        "rollbacks",
+        "report",
+        "metrics",
+        "metric_every",
+        "metric_samples",
+        "metric_budget",
+        "keep_best",
+        "stop_after",
+    }
 )
 
 

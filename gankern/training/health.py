@@ -223,4 +223,4 @@ def advice(kind: str, config: TrainConfig) -> str:
                 for k, v in changes.items()
             )
             flags.append(" ".join(words))
-    return f"try {' or '.join(flags[:3])}"
+    return " or ".join(flags[:3])

@@ -2,8 +2,8 @@
 
 config.json (preset, settings, versions), log.jsonl, reals.png, fakes_init.png, fakes%06d.png, losses.png,
 checkpoint-%06d.safetensors, TensorBoard event files, vitals.jsonl (the numbers of each look at the run's health), health.jsonl (the
-signs of trouble), report.html; of points and tables training.gif, of mixtures modes.jsonl too. With --metrics metric-NAME.jsonl; with
---keep-best `best`, a link to the best checkpoint, and best.json (metric, step, value).
+signs of trouble), report.html; of points and tables training.gif, of mixtures modes.jsonl too. With --metrics metric-NAME.jsonl;
+with --keep-best `best`, a link to the best checkpoint, and best.json (metric, step, value).
 """
 
 from __future__ import annotations
