@@ -79,7 +79,7 @@ def test_a_run_beside_the_held_out_part_of_its_data(run: Path, capsys: Capture) 
     """Every number is that of the pure function on the run's own samples and on test digits."""
     got = report(capsys, str(run), "--n", "50", "--seed", "3")
     assert got["real"] == {"source": "mnist", "part": "test", "samples": 10_000}
-    assert got["fake"] == {"source": str(run), "step": 2, "weights": "ema"}
+    assert got["fake"] == {"source": str(run), "step": 2, "weights": "ema", "data": "mnist"}
     assert (got["n"], got["seed"], got["modes_of_data"]) == (50, 3, 10)
     assert (got["features"]["name"], got["features"]["dimensions"]) == ("bundled", 256)
     assert {"gankern", "torch"} <= got["versions"].keys()
@@ -112,6 +112,24 @@ def test_the_training_part_is_what_the_run_was_trained_on(run: Path, capsys: Cap
     assert got["real"] == {"source": "mnist", "part": "train", "samples": 500}
     assert got["fake"]["weights"] == "generator"
     assert list(got["metrics"]) == ["fid"]
+    for part, words in (
+        ("train", "its training part, which the run was trained on"),
+        ("test", "its test part, held out of the run's training"),
+    ):
+        assert main(["evaluate", str(run), "--n", "20", "--split", part, "--metrics", "fid", "--device", "cpu"]) == 0
+        assert capsys.readouterr().out.splitlines()[0].endswith(f" samples of mnist: {words}")
+
+
+def test_where_the_test_part_is_too_small_for_two_sets_the_other_real_samples_are_of_the_training_part(
+    images: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    pixels = np.load(images / "a.npz")["images"]
+    np.savez(tmp_path / "parts.npz", x_train=pixels[:45], x_test=pixels[45:])
+    words = ["--real", str(tmp_path / "parts.npz"), "--fake", str(images / "b.npz"), "--features", "pixels", "--metrics", "1nn"]
+    got = report(capsys, *words)
+    assert got["real"] == {"source": words[1], "part": "test", "samples": 15}
+    assert (got["n"], got["metrics_of_real"].keys()) == (15, got["metrics"].keys())
+    assert not report(capsys, *words, "--split", "train")["metrics_of_real"]
 
 
 def test_which_is_real(images: Path, capsys: Capture) -> None:
@@ -158,7 +176,7 @@ def test_classes_are_drawn_as_often_as_in_the_data(images: Path, tmp_path: Path,
 
 def test_tables_are_compared_in_the_deviations_of_the_real_columns(tmp_path: Path, capsys: Capture) -> None:
     rng = np.random.default_rng(0)
-    real, fake = rng.normal([5, 300], [0.1, 20], (400, 2)), rng.normal([5.1, 300], [0.1, 20], (400, 2))
+    real, fake = rng.normal([1e6 + 5, 300], [0.1, 20], (400, 2)), rng.normal([1e6 + 5.1, 300], [0.1, 20], (400, 2))
     for name, values in (("real", real), ("fake", fake)):
         np.savetxt(tmp_path / f"{name}.csv", values, delimiter=",", header="a,b", comments="")
     np.savez(tmp_path / "fake.npz", samples=fake)
@@ -445,7 +463,7 @@ def test_other_inception_weights_are_refused(weights: Path, tmp_path: Path, monk
     ("words", "sentence"),
     [
         ([], "sources must be a run, or --real X --fake Y, or REAL FAKE, got none"),
-        (["a.npz", "b.npz", "--real", "a.npz"], "sources must be a run, or --real X --fake Y, or REAL FAKE, got a.npz b.npz"),
+        (["a.npz", "b.npz", "--real", "a.npz"], "sources must be a run, .*, or REAL FAKE, got a.npz b.npz --real a.npz"),
         (["a.npz"], "--real must name real samples, as a.npz is no run that knows its data, got none"),
         (["a.npz", "none.npz"], "data: source must be mnist, .*, got 'none.npz', which does not exist"),
         (["none.npz", "a.npz"], "data: source must be mnist, .*, got 'none.npz', which does not exist"),

@@ -134,9 +134,9 @@ def _sources(options: Any) -> tuple[str, str]:
     elif not words and options.fake:
         real, fake = options.real or "", options.fake
     else:
-        raise Refused(
-            "sources must be a run, or --real X --fake Y, or REAL FAKE, got " + (" ".join(words) or "none") + " beside these"
-        )
+        named = [f"--{key} {value}" for key, value in (("real", options.real), ("fake", options.fake)) if value]
+        got = " ".join([*words, *named]) or "none"
+        raise Refused(f"sources must be a run, or --real X --fake Y, or REAL FAKE, got {got}")
     if _is_run(real):
         raise Refused(f"--real must be real samples, got the run {real}")
     return real, fake
@@ -178,7 +178,7 @@ def _draw(options: Any, real_name: str, fake_name: str, trained: Trained | None,
         labels = real.labels[order[:n]] if real.labels is not None and len(real.classes) == trained.run.classes else None
         trained.generator.to(device)
         sets["fake"], table = trained.sample(n, options.seed, labels), trained.run.table
-        about = {"source": fake_name, "step": trained.step, "weights": trained.source}
+        about = {"source": fake_name, "step": trained.step, "weights": trained.source, "data": trained.run.config.data}
     others = real.samples[order[n : 2 * n]]
     if len(others) < n and part == "test" and has_test:
         train = load("train")
@@ -225,7 +225,7 @@ def _alike(sets: dict[str, Tensor], real: Table | None, fake: Table | None) -> d
     real, fake = real or plain, fake or plain
     if real.columns != fake.columns and plain.columns not in (real.columns, fake.columns):
         raise Refused(f"fake samples must have the columns {', '.join(real.columns)}, got {', '.join(fake.columns)}")
-    mean, std = torch.tensor(real.mean), torch.tensor(real.std, dtype=torch.float64)
+    mean, std = (torch.tensor(numbers, dtype=torch.float64) for numbers in (real.mean, real.std))
     restored = {name: (fake if name == "fake" else real).restore(samples) for name, samples in sets.items()}
     return {name: (samples - mean) / torch.where(std > 0, std, 1.0) for name, samples in restored.items()}
 
@@ -241,7 +241,9 @@ def _plain(value: Any) -> Any:
 
 def _print(report: dict[str, Any]) -> None:
     real, fake, features = report["real"], report["fake"], report["features"]
-    part = {"test": "its test part, held out of training", "train": "its training part", "all": "all of it"}[real["part"]]
+    part = {"test": "its test part", "train": "its training part", "all": "all of it"}[real["part"]]
+    if fake.get("data") == real["source"]:
+        part += ", held out of the run's training" if real["part"] == "test" else ", which the run was trained on"
     made = f"after step {fake['step']}, {fake['weights']} weights" if "step" in fake else f"of {fake['samples']} samples"
     print(f"real      {report['n']} of the {real['samples']} samples of {real['source']}: {part}")
     print(f"fake      {report['n']} of {fake['source']}, {made}")

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
@@ -19,13 +20,15 @@ from gankern import data
 from gankern.cli import report
 from gankern.cli.boards import Boards
 from gankern.cli.explain import Reader
+from gankern.cli.health import Health, LastGood
 from gankern.cli.measure import Measure
 from gankern.cli.progress import Progress
 from gankern.models import sample_latent
 from gankern.training import TrainConfig, Trainer, distributed, pictures
 from gankern.training.graph import Eager, Pending
+from gankern.training.health import Sign
 from gankern.training.presets import flags
-from gankern.training.run_dir import MODES, RunDir
+from gankern.training.run_dir import HEALTH, MODES, RunDir
 from gankern.training.views import coverage_of, view_of
 
 # The group of each column of log.jsonl on a board; the other columns are those of techniques.
@@ -89,7 +92,7 @@ class Stop:
 
 def watchers(ready: Ready) -> list[Watcher]:
     """Those that the settings ask for."""
-    return [Measure(ready)] if ready.config.metrics else []
+    return [Health(ready), *([Measure(ready)] if ready.config.metrics else [])]
 
 
 def fit(preset: str, ready: Ready) -> int:
@@ -98,6 +101,7 @@ def fit(preset: str, ready: Ready) -> int:
     reporter, looking, ended = Reporter(ready), [w for w in watchers(ready) if w.every], ""
     periods = [every for every in (config.log_every, config.sample_every, config.checkpoint_every) if every]
     periods = distributed.everyone(periods + [watcher.every for watcher in looking])[0]
+    good = LastGood(ready)
     with Stop() as stop, reporter:
         if trainer.steps_done == 0:
             reporter.begin()
@@ -107,19 +111,25 @@ def fit(preset: str, ready: Ready) -> int:
             step, last = trainer.steps_done, trainer.steps_done == config.steps
             if last or step % config.log_every == 0:
                 reporter.log()
-            for watcher in looking:
-                if last or step % watcher.every == 0:
-                    ended = ended or distributed.alone()(watcher.look)(reporter)
-            last = last or bool(ended)
-            saving = not last and bool(reporter.best or (config.checkpoint_every and step % config.checkpoint_every == 0))
+            looks = [watcher for watcher in looking if last or step % watcher.every == 0]
+            saving = bool(config.checkpoint_every and step % config.checkpoint_every == 0)
             drawing = last or bool(config.sample_every and step % config.sample_every == 0)
-            if (saving or drawing) and not reporter.settle():  # else never saved: the last checkpoint stays good
-                if drawing:
-                    reporter.sample(f"fakes{step:06d}.png")
-                if saving:
-                    reporter.save()
+            if (looks or saving or drawing) and not reporter.settle():  # what is not finite is neither looked at nor saved
+                reporter.bad = good.keep(reporter.seconds_now())
+            for watcher in looks:
+                ended = ended or ("" if reporter.bad else distributed.alone()(watcher.look)(reporter))
+            if reporter.bad:
+                good.back(reporter)
+                continue
+            last = last or bool(ended)
+            if last or drawing:
+                reporter.sample(f"fakes{step:06d}.png")
+            if not last and (saving or reporter.best):
+                reporter.save()
+        if not reporter.bad and reporter.settle():
+            good.back(reporter)
         reporter.film()
-        if reporter.settle():
+        if reporter.bad:
             print(f"gankern-train: training diverged: {reporter.bad}; the log stops before it", file=sys.stderr)
             return 1
         reporter.save()
@@ -188,6 +198,7 @@ class Reporter:
         self.closing: dict[str, str] = {}  # what watchers have to say at the end
         self.best: tuple[str, dict[str, float]] | None = None  # metric and row that make this step the best, to be saved
         self.bad = ""  # what was not finite, and at which step
+        self.recent = deque[dict[str, float]](maxlen=256)  # rows of log.jsonl
         self.mark = time.perf_counter()
 
     def __enter__(self) -> Reporter:
@@ -242,6 +253,7 @@ class Reporter:
         row = {"step": step, "time_s": round(self.seconds, 3), "images_per_s": round(rate, 1), **values}
         self.run.log(row)
         self.last = row
+        self.recent.append(row)
         for name, value in values.items():
             self.board.add_scalar(f"{TAGS.get(name, 'techniques')}/{name}", value, step)
         self.board.add_scalar("speed/images_per_s", row["images_per_s"], step)
@@ -269,6 +281,21 @@ class Reporter:
         frames = [path for _, path in self.run.fakes()]
         if frames and self.dataset.kind != "images":
             pictures.animate(self.run.path / "training.gif", frames)
+
+    def warn(self, step: int, sign: Sign) -> None:
+        """A row of health.jsonl, a text on the boards, a line."""
+        self.run.log({"step": step, "kind": sign.kind, "saw": sign.saw, "try": sign.advice}, HEALTH)
+        self.board.add_text(f"health/{sign.kind}", f"{sign.saw}; try {sign.advice}", step)
+        print(f"step {step}: {sign.saw}; try {sign.advice}", flush=True)
+
+    def rewind(self, step: int, seconds: float) -> None:
+        """Forget all that was written after `step`, where the trainer stands again."""
+        self.run.rewind(step)
+        self.board.rewind(step)
+        self.engine.losses.forget()
+        self.pending, self.bad, self.best = [], "", None
+        self.recent = deque((row for row in self.recent if row["step"] <= step), self.recent.maxlen)
+        self.logged_step, self.seconds, self.mark = step, seconds, time.perf_counter()
 
     def save(self) -> None:
         """losses.png, and a checkpoint of the present step, unless it is there already: the last file, as a finished run stays as

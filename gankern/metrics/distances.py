@@ -1,7 +1,8 @@
 """Distances of every point to every other, one block of rows at a time, and the nearest neighbours they give.
 
 A block is ||a||² - 2 a·b + ||b||² in float64, as one product of rows (a, ||a||², 1) and (-2 b, 1, ||b||²), around a centre: in
-float32 the difference would lose the distances within a narrow mode. Memory: ELEMENTS numbers for a block and TILE points in float64, whatever the size of the sets.
+float32 the difference would lose the distances within a narrow mode. Memory: ELEMENTS numbers for a block and TILE points in
+float64, whatever the size of the sets.
 """
 
 from __future__ import annotations

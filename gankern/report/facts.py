@@ -108,7 +108,7 @@ class Facts:
         for path in sorted(self.run.path.glob("metric-*.jsonl")):
             name, rows = path.stem.removeprefix("metric-"), numbers(self.run, path.name)
             for key in dict.fromkeys(key for row in rows for key in row if key not in ("step", "seconds")):
-                words = METRICS[name].value if key == "value" and name in METRICS else key
+                words = METRICS[name].value if key == "value" and name in METRICS else key.replace("_", " ")
                 curves[f"{path.stem} {key}"] = _curve(name if words in ("value", name) else f"{name}: {words}", rows, key)
         return curves
 

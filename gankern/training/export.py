@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import logging
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -110,7 +113,9 @@ def export(trained: Trained, path: Path, kind: str) -> Path:
         else:
             program = _program(trained, plain)
             if kind == "pt2":
-                torch.export.save(program, temporary, extra_files={f"{KEY}.json": json.dumps(facts)})
+                content = io.BytesIO()  # in a file of its own name, the members would have that of the temporary one
+                torch.export.save(program, content, extra_files={f"{KEY}.json": json.dumps(facts)})
+                temporary.write_bytes(content.getvalue())
             else:
                 _save_onnx(program, temporary, facts)
         temporary.chmod(0o644)  # as other files; safetensors leaves them to their owner
@@ -160,11 +165,17 @@ def _program(trained: Trained, plain: nn.Module) -> torch.export.ExportedProgram
     inputs = [torch.zeros(2, config.z_dim), *([torch.zeros(2, dtype=torch.int64)] if run.classes else [])]
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():
-        return torch.export.export(named, tuple(inputs), dynamic_shapes=tuple({0: batch} for _ in inputs))
+        program = torch.export.export(named, tuple(inputs), dynamic_shapes=tuple({0: batch} for _ in inputs))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # has the paths of this machine
+    return program
 
 
 def _save_onnx(program: torch.export.ExportedProgram, path: Path, facts: dict[str, Any]) -> None:
-    written = torch.onnx.export(program, dynamo=True, verbose=False, output_names=["samples"])
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells that torchvision is not installed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        written = torch.onnx.export(program, dynamo=True, verbose=False, output_names=["samples"])
     assert written is not None
     written.model.metadata_props[KEY] = json.dumps(facts)
     written.save(path)
