@@ -131,7 +131,7 @@ def session() -> Iterator[None]:
         return
     store, number, count = next(iter(rendezvous("env://", timeout=TIMEOUT)))
     # torchrun may keep its store over a restart: the addresses of the processes before must not be found there
-    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
     yield
