@@ -53,7 +53,7 @@ test: build $(STAMPS)/dev
 	GANKERN_REQUIRE=$$(command -v $${CXX:-c++} >/dev/null && echo compiled,)triton TRITON_INTERPRET=1 \
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-long: ARGS := -m long $(ARGS)
+test-long: override ARGS := -m long $(ARGS)
 test-long: test
 
 lint: build $(STAMPS)/dev
