@@ -31,11 +31,12 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gankern import backend, checks
+from gankern.ops._activation import leaky_relu
 from gankern.ops._function import apply
 from gankern.ops._layout import accumulate
 
 OP = "bn_lrelu"
-_INFINITY, _batch_norm, _leaky_relu, _cudnn = math.inf, torch.batch_norm, torch._C._nn.leaky_relu, torch._C._get_cudnn_enabled
+_INFINITY, _batch_norm, _cudnn = math.inf, torch.batch_norm, torch._C._get_cudnn_enabled
 SMALL = 2**16  # elements up to which PyTorch's own calls are the automatic choice on the CPU: see `_choose`
 
 
@@ -62,7 +63,7 @@ def reference(
         mean, var = running_mean.to(v.dtype), running_var.to(v.dtype)
     scale = torch.rsqrt(var + eps)
     z = (v - _column(mean, x)) * _column(scale if weight is None else scale * weight, x)
-    return F.leaky_relu(z if bias is None else z + _column(bias, x), negative_slope).to(x.dtype)
+    return leaky_relu(z if bias is None else z + _column(bias, x), negative_slope).to(x.dtype)
 
 
 def _statistics(v: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,17 +191,17 @@ def _native(
 ) -> Tensor:
     """PyTorch's own two calls, kept from being wrong at the third derivative: see `_watch`."""
     if torch.compiler.is_compiling():
-        return F.leaky_relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), slope)
+        return leaky_relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), slope)
     if weight is None and bias is not None:  # its double backward would lose the derivative of the gradient of bias
         return reference(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
     if not training:
-        return _leaky_relu(_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, _cudnn()), slope)
+        return leaky_relu(_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, _cudnn()), slope)
     if not x.is_cpu or torch._C._are_functorch_transforms_active():
         return reference(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
     z = _batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, False)
     if z.grad_fn is not None:
         z.grad_fn.register_hook(functools.partial(_watch, x, weight, bias, eps))
-    return _leaky_relu(z, slope)
+    return leaky_relu(z, slope)
 
 
 _Gradients = tuple[Tensor | None, ...]
