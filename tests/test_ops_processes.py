@@ -136,14 +136,14 @@ def test_ops_run_in_the_workers_of_a_data_loader() -> None:
 
 
 def test_more_elements_than_32_bits_count() -> None:
-    """Two samples of 2^31 + 8 zeros, which take no memory until they are written to, but for a number at the end of each."""
+    """Three samples of 2^30 + 8 zeros, which take no memory until they are written to, but for a number at the end of each."""
     need("compiled")
-    columns = 2**31 + 8
-    memory = mmap.mmap(-1, 2 * columns * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
-    x = torch.frombuffer(memory, dtype=torch.bfloat16).view(2, columns)
-    x[0, -1], x[1, -1] = 3.0, 4.0
+    columns = 2**30 + 8
+    memory = mmap.mmap(-1, 3 * columns * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+    x = torch.frombuffer(memory, dtype=torch.bfloat16).view(3, columns)
+    x[:, -1] = torch.tensor([3.0, 4.0, 5.0])
     with backend.use_backend("compiled"):
-        assert gankern.gradient_norm_penalty(x, target=0.0).norms.tolist() == [3.0, 4.0]
+        assert gankern.gradient_norm_penalty(x, target=0.0).norms.tolist() == [3.0, 4.0, 5.0]
 
 
 @pytest.mark.skipif("GANKERN_SANITIZED" not in os.environ, reason="for make sanitize")

@@ -3,7 +3,8 @@
 The real launchers are called, on CPU tensors, with a driver that names an architecture instead of a device: Triton then
 specialises and compiles as it would before a launch, and nothing is launched. So what is compiled is what a GPU would run.
 sm_90 gets every case, other architectures one case of each kernel and of each kind of product, which fills their shared memory.
-Prints a JSON list of all kernels, then an object for each compiled one: kernel, case, sm, reg, stack, local, shared (bytes).
+Prints a JSON list of all kernels, then an object for each compiled one: kernel, case, sm, reg, stack, local, shared (bytes), narrow
+(lines of its IR that `narrow` finds).
 Not to be run under TRITON_INTERPRET=1, which replaces the compiler.
 """
 
@@ -215,6 +216,31 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {key.lower(): int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
 
 
+def narrow(ttir: str) -> list[str]:
+    """Lines of a kernel's IR that lose an index beyond 32 bits: a pointer moved by an i32 that is no constant and no place in a block,
+    and an i32 product with the number of a program that becomes 64 bits wide too late."""
+    made = {m[1]: (m[2], re.findall(r"%[\w#]+", m[3])) for m in re.finditer(r"^\s*(%\w+) = ([\w.]+)(.*)", ttir, re.M)}
+    growing = ("tt.splat", "tt.expand_dims", "tt.broadcast", "arith.addi", "arith.muli")
+    shrinking = ("arith.divsi", "arith.remsi", "arith.shrsi")
+
+    def inside(name: str) -> bool:
+        op, operands = made.get(name, ("", []))
+        return op in ("arith.constant", "tt.make_range") or (op in growing + shrinking and all(map(inside, operands)))
+
+    def numbers_programs(name: str) -> bool:
+        op, operands = made.get(name, ("", []))
+        return op == "tt.get_program_id" or (op in growing and any(map(numbers_programs, operands)))
+
+    found = []
+    for line in ttir.splitlines():
+        moved = re.search(r"tt\.addptr %[\w#]+, (%[\w#]+) : .*, \S*i32>?( |$)", line)
+        late = re.search(r"arith\.extsi (%[\w#]+) : \S*i32", line)
+        product = late is not None and made.get(late[1], ("",))[0] == "arith.muli" and numbers_programs(late[1])
+        if product or (moved is not None and not inside(moved[1])):
+            found.append(line.strip())
+    return found
+
+
 def main(architectures: list[int]) -> None:
     names = {kernel: name for name, kernel in kernels().items()}
     compiled: list[tuple[str, Any]] = []
@@ -240,6 +266,7 @@ def main(architectures: list[int]) -> None:
                 launch()
                 for name, kernel in compiled:
                     row = {"kernel": name, "case": case, "sm": sm, **usage(kernel.asm["cubin"]), "shared": kernel.metadata.shared}
+                    row["narrow"] = narrow(kernel.asm["ttir"])
                     print(json.dumps(row), flush=True)
                 if sm != 90 and make is not products:
                     enough.update(name for name, _ in compiled)
