@@ -543,3 +543,40 @@ def outcome(op: Op, arguments: Arguments, name: str) -> dict[str, Tensor] | Exce
         raise
     except Exception as error:
         return error
+
+
+# --- the operators themselves, below the checks of the public functions ---------------------------------------------------------
+
+RAW = torch.ops.gankern
+M, SQUARE, ROW, LAST = torch.ones(4, 3), torch.ones(3, 3), torch.ones(3), 2**63 - 1
+NO_BITS = torch.zeros(0, dtype=torch.uint8)
+REFUSED: dict[str, Callable[[], Any]] = {
+    "probability of NaN": lambda: RAW.linear_lrelu_act(M, None, 0.2, math.nan, torch.zeros(1, dtype=torch.int64)),
+    "no seed": lambda: RAW.linear_lrelu_act(M, None, 0.2, 0.5, None),
+    "short bits": lambda: RAW.linear_lrelu_act_grad(M, M, torch.zeros(3, dtype=torch.uint8), 0.2, 0.5, True),
+    "short bias": lambda: RAW.bias_lrelu(M, torch.ones(2), 0.2),
+    "empty integers": lambda: RAW.bias_lrelu(torch.zeros(0, 3, dtype=torch.int64), None, 0.2),
+    "other strides": lambda: RAW.bias_lrelu_grad(SQUARE, SQUARE.t().expand(3, 3)[:, :1].expand(3, 3), 0.2, True),
+    "a negative number of iterations": lambda: RAW.spectral_norm([M], [torch.ones(4)], [ROW], [0], -1, 1e-12),
+    "a dimension too many": lambda: RAW.spectral_norm([M], [torch.ones(4)], [ROW], [2], 1, 1e-12),
+    "an offset that overflows": lambda: RAW.spectral_norm_grad([M], [M], torch.ones(8), [LAST], [0]),
+    "an offset at the end": lambda: RAW.spectral_norm_grad([M], [M], torch.ones(8), [1], [0]),
+    "a first row that overflows": lambda: RAW.mlp_critic_tangent(M.clone(), M.clone(), NO_BITS, 0.2, 0.0, LAST, None),
+    "a row too many": lambda: RAW.mlp_critic_seed(M.clone(), M.clone(), 1, None, 1.0, 1.0, False),
+    "more bias rows than rows": lambda: RAW.mlp_critic_adjoint(M.clone(), M, NO_BITS, 0.2, 0.0, 5, None),
+    "more real logits than logits": lambda: RAW.gan_loss(ROW, None, 4, 0, 1.0, 1.0, None, 0, 1.0, 0.0, None, 1, 0),
+    "an unknown term": lambda: RAW.gan_loss(ROW, None, 1, 99, 1.0, 1.0, None, 0, 1.0, 0.0, None, 1, 0),
+    "short targets": lambda: RAW.gan_loss(ROW, None, 2, 0, 1.0, 1.0, torch.ones(1), 0, 1.0, 0.0, None, 1, 0),
+    "short eps": lambda: RAW.interpolate(M, M, ROW, None),
+    "short norms": lambda: RAW.gradient_norm_penalty_grad(torch.ones(()), M, ROW, 1.0, False, 1.0),
+    "a matrix of features": lambda: RAW.pairwise_features(M),
+    "short squares": lambda: RAW.pairwise_gram_(M.clone(), ROW, ROW, [1.0], False),
+    "short statistics": lambda: RAW.bn_lrelu_eval(M, torch.ones(2), ROW, None, None, 1e-5, 0.2),
+}
+
+
+@pytest.mark.parametrize("call", REFUSED.values(), ids=REFUSED)
+def test_an_operator_refuses_what_would_leave_its_tensors(call: Callable[[], Any]) -> None:
+    need("compiled")
+    with pytest.raises(RuntimeError, match=r"^\w+: .+ must "):
+        call()

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles ahead of time for sm_80, sm_90 and sm_100, spills nothing, fits in shared memory, has 64-bit indices."""
+"""Every Triton kernel compiles ahead of time for sm_80, sm_90 and sm_100, without spills, within shared memory, on 64-bit indices."""
 
 from __future__ import annotations
 

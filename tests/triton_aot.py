@@ -217,8 +217,8 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 
 def narrow(ttir: str) -> list[str]:
-    """Lines of a kernel's IR that lose an index beyond 32 bits: a pointer moved by an i32 that is no constant and no place in a block,
-    and an i32 product with the number of a program that becomes 64 bits wide too late."""
+    """Lines of a kernel's IR that lose an index beyond 32 bits: a pointer moved by an i32 that is no constant and no place in a
+    block, and an i32 product with the number of a program that becomes 64 bits wide too late."""
     made = {m[1]: (m[2], re.findall(r"%[\w#]+", m[3])) for m in re.finditer(r"^\s*(%\w+) = ([\w.]+)(.*)", ttir, re.M)}
     growing = ("tt.splat", "tt.expand_dims", "tt.broadcast", "arith.addi", "arith.muli")
     shrinking = ("arith.divsi", "arith.remsi", "arith.shrsi")
