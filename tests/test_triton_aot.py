@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles ahead of time for sm_80, sm_90 and sm_100, without spills, within shared memory, on 64-bit indices."""
+"""Every Triton kernel compiles ahead of time for sm_80, sm_90, sm_100: no spills, within shared memory, indices of 64 bits."""
 
 from __future__ import annotations
 

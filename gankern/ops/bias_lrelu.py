@@ -58,7 +58,13 @@ def bias_lrelu(x: Tensor, bias: Tensor | None = None, negative_slope: float = 0.
     if backend.automatic() and getattr(x, "is_cpu", False):
         try:
             plain = bias is None or (bias.is_cpu and bias.dtype == x.dtype and bias.dim() == 1 and bias.size(0) == x.size(1))
-            if plain and x.dim() > 1 and type(negative_slope) in (float, int) and 0.0 <= negative_slope < _INFINITY:
+            if (
+                plain
+                and x.dim() > 1
+                and x.dtype in checks.FLOATING
+                and type(negative_slope) in (float, int)
+                and 0.0 <= negative_slope < _INFINITY
+            ):
                 if _choose(x, bias) == "compiled":
                     return fused(x, bias, float(negative_slope), "compiled")
                 if bias is None:

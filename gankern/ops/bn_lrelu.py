@@ -37,6 +37,7 @@ from gankern.ops._layout import accumulate
 
 OP = "bn_lrelu"
 _INFINITY, _batch_norm, _cudnn = math.inf, torch.batch_norm, torch._C._get_cudnn_enabled
+_NUMBER = (float, int)
 SMALL = 2**16  # elements up to which PyTorch's own calls are the automatic choice on the CPU: see `_choose`
 
 
@@ -137,7 +138,15 @@ def bn_lrelu(
     if backend.automatic() and getattr(x, "is_cpu", False) and x.numel() <= SMALL:
         try:
             flat = (weight is None or weight.dim() == 1) and (bias is None or bias.dim() == 1)  # batch_norm takes others too
-            flat = flat and (running_mean is None or running_mean.dim() == 1) and (running_var is None or running_var.dim() == 1)
+            for running in (running_mean, running_var):
+                flat = flat and (running is None or (running.dim() == 1 and running.is_floating_point()))
+            flat = (
+                flat
+                and x.dtype in checks.FLOATING
+                and type(momentum) in _NUMBER
+                and type(eps) in _NUMBER
+                and type(negative_slope) in _NUMBER
+            )
             if flat and x.dim() >= 2 and x.numel() != x.size(1) and 0.0 <= negative_slope < _INFINITY and 0.0 <= eps < _INFINITY:
                 return _native(x, running_mean, running_var, weight, bias, training, momentum, eps, negative_slope)
         except Exception:
@@ -192,6 +201,8 @@ def _native(
     """PyTorch's own two calls, kept from being wrong at the third derivative: see `_watch`."""
     if torch.compiler.is_compiling():
         return leaky_relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), slope)
+    if x.numel() == 0:  # which PyTorch's own refuses without channels
+        return reference(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
     if weight is None and bias is not None:  # its double backward would lose the derivative of the gradient of bias
         return reference(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
     if not training:

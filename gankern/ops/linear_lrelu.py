@@ -93,7 +93,15 @@ def linear_lrelu(
             drops = training and dropout > 0.0
             native = not drops or (generator is None and _choose("cpu", dropout, _products(x, weight)) == "reference")
             plain_bias = bias is None or (bias.dim() == 1 and bias.size(0) == weight.size(0))  # F.linear takes others too
-            if native and plain_bias and weight.dim() == 2 and 0.0 <= negative_slope < _INFINITY and 0.0 <= dropout <= 1.0:
+            numbers = type(negative_slope) in (float, int) and type(dropout) in (float, int)
+            if (
+                native
+                and numbers
+                and plain_bias
+                and weight.dim() == 2
+                and 0.0 <= negative_slope < _INFINITY
+                and 0.0 <= dropout <= 1.0
+            ):
                 z = _linear(x, weight, bias)
                 y = _activate_cpu(z, weight, negative_slope) if z.requires_grad else leaky_relu_(z, negative_slope)
                 return F.dropout(y, dropout) if drops else y
