@@ -65,7 +65,7 @@ sanitize: $(STAMPS)/dev
 	$(BIN)/python setup.py -q build --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/tmp
 	LD_PRELOAD="$$(for name in asan ubsan stdc++; do $${CXX:-g++} -print-file-name=lib$$name.so; done | xargs)" ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 GANKERN_SANITIZED=1 GANKERN_REQUIRE=compiled PYTHONPATH=$(SANITIZED)/lib \
-	$(BIN)/pytest --import-mode=append -o pythonpath=$(SANITIZED)/lib -q tests/test_ops_properties.py tests/test_ops_processes.py -k "not triton" $(ARGS)
+	$(BIN)/pytest --import-mode=append -o pythonpath=$(SANITIZED)/lib -q --capture=no tests/test_ops_properties.py tests/test_ops_processes.py -k "not triton" $(ARGS)
 
 lint: build $(STAMPS)/dev
 	$(BIN)/ruff check .
