@@ -360,8 +360,8 @@ def evaluate(op: Op, arguments: Arguments, name: str) -> dict[str, Tensor]:
         found = op.results(op.function(**arguments))
         outputs = [y for y in found.values() if y.requires_grad]
         relu = arguments.get("negative_slope") == 0  # at NaN its derivative is 0 in the kernels, 1 in PyTorch
-        if outputs and not (relu and found["y"].isnan().any()):
-            cotangents = [numbers(tuple(y.shape), y.dtype, i) for i, y in enumerate(outputs)]
+        if outputs and not (relu and not outputs[0].is_meta and found["y"].isnan().any()):
+            cotangents = [numbers(tuple(y.shape), y.dtype, i).to(y.device) for i, y in enumerate(outputs)]
             gradients = torch.autograd.grad(outputs, [t for _, t in leaves], cotangents, allow_unused=True)
             found |= {f"d {key}": g for (key, _), g in zip(leaves, gradients, strict=True) if g is not None}
     for (key, now), (_, then) in zip(each_tensor({k: arguments[k] for k in before}), each_tensor(before), strict=True):
