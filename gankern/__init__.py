@@ -13,6 +13,7 @@ from gankern.ops.linear_lrelu import linear_lrelu
 from gankern.ops.mlp_critic import mlp_critic, mlp_critic_generator, mlp_critic_penalty
 from gankern.ops.pairwise import minibatch_distance, minibatch_features, mmd2, pulling_away
 from gankern.regularizers import gradient_penalty
+from gankern.training.export import load_generator
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "gradient_penalty",
     "interpolate",
     "linear_lrelu",
+    "load_generator",
     "minibatch_distance",
     "minibatch_features",
     "mlp_critic",

@@ -91,7 +91,9 @@ def refused(capsys: Capture, status: int, prog: str = "gankern-train") -> str:
 def test_run_directory_holds_what_it_promises(run: Path) -> None:
     names = {p.name for p in run.iterdir() if not p.name.startswith("events.out.tfevents.")}
     pictures = {"reals.png", "fakes_init.png", "fakes000010.png", "fakes000020.png", "losses.png"}
-    assert names == {"config.json", "log.jsonl", "checkpoint-000016", "checkpoint-000020"} | pictures
+    assert (
+        names == {"config.json", "log.jsonl", "checkpoint-000016.safetensors", "checkpoint-000020.safetensors", ".lock"} | pictures
+    )
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [6, 12, 18, 20]
     for row in rows:
@@ -109,7 +111,6 @@ def test_run_directory_holds_what_it_promises(run: Path) -> None:
             assert (picture.size, picture.mode) == ((48, 48), "RGB")
     pixels = {name: (run / name).read_bytes() for name in ("fakes_init.png", "fakes000010.png", "fakes000020.png")}
     assert len(set(pixels.values())) == 3
-    assert {p.name for p in (run / "checkpoint-000020").iterdir()} == {"tensors.safetensors", "state.json"}
 
 
 def test_reals_are_the_data(run: Path, images: Path) -> None:
@@ -293,10 +294,10 @@ def test_graph_engine_writes_the_same_run(images: Path, tmp_path: Path, request:
     assert log(graph) == log(eager)
     names = {p.name for p in eager.iterdir() if "tfevents" not in p.name}
     assert names == {p.name for p in graph.iterdir() if "tfevents" not in p.name}
-    assert {"fakes000007.png", "fakes000028.png", "checkpoint-000011", "checkpoint-000033"} <= names
+    assert {"fakes000007.png", "fakes000028.png", "checkpoint-000011.safetensors", "checkpoint-000033.safetensors"} <= names
     for step in (11, 22, 33):
-        state, other = (checkpoint.load(run / f"checkpoint-{step:06d}") for run in (eager, graph))
-        for key in state.keys() - {"time_s"}:
+        state, other = (checkpoint.load(run / f"checkpoint-{step:06d}.safetensors") for run in (eager, graph))
+        for key in state:
             assert torch.equal(state[key], other[key]) if isinstance(state[key], torch.Tensor) else state[key] == other[key], key
 
 
@@ -389,7 +390,10 @@ def test_folder_of_pictures_with_broken_files(tmp_path: Path, capsys: Capture) -
         (["gan", "--data", "/nowhere/x"], "data: source must be mnist, "),
         (["gan", "--batch-size", "70000"], "data: batch_size must be at most the 60000 images of mnist, got 70000"),
         (["gan", "--outdir", "{file}/runs"], "Not a directory: {file}/runs"),
-        (["gan", "--resume", "/nowhere/x"], "run: /nowhere/x must be a run directory or a checkpoint, got no such directory"),
+        (
+            ["gan", "--resume", "/nowhere/x"],
+            "run: /nowhere/x must be a run directory or a checkpoint, got no such path",
+        ),
         (["gan", "--resume", "{dir}"], "run: {dir} must be a run directory with a config.json, got none there"),
     ],
 )
@@ -498,7 +502,7 @@ def test_gankern_itself(capsys: Capture) -> None:
     assert all(name in listed for name in PRESETS)
     assert train_main(["--help"]) == 0
     assert "gan " in capsys.readouterr().out
-    names = "train, sample, presets, explain, doctor, reproduce or bench"
+    names = "train, sample, evaluate, export, presets, explain, doctor, reproduce or bench"
     assert f"command must be {names}, got 'fly'" in refused(capsys, main(["fly"]), "gankern")
 
 
@@ -522,7 +526,7 @@ def test_sample_npz(run: Path, tmp_path: Path, capsys: Capture) -> None:
     assert np.array_equal(first, draw("--n", "7", "--seed", "3", "--weights", "ema"))
     assert not np.array_equal(first, draw("--n", "7", "--seed", "4"))
     assert not np.array_equal(first, draw("--n", "7", "--seed", "3", "--weights", "last"))
-    assert sample(run / "checkpoint-000016", tmp_path / "old.npz", "--n", "7", "--seed", "3") == 0
+    assert sample(run / "checkpoint-000016.safetensors", tmp_path / "old.npz", "--n", "7", "--seed", "3") == 0
     assert not np.array_equal(first, np.load(tmp_path / "old.npz")["samples"])
 
 
@@ -559,14 +563,14 @@ def test_sample_refuses(flags: list[str], sentence: str, run: Path, capsys: Capt
 
 def test_sample_needs_a_run_with_a_checkpoint(run: Path, tmp_path: Path, capsys: Capture) -> None:
     capsys.readouterr()
-    assert "no such directory" in refused(capsys, main(["sample", str(tmp_path / "no")]), "gankern sample")
+    assert "no such path" in refused(capsys, main(["sample", str(tmp_path / "no")]), "gankern sample")
     (tmp_path / "config.json").write_text((run / "config.json").read_text())
     assert "must have a checkpoint, got none" in refused(capsys, main(["sample", str(tmp_path)]), "gankern sample")
     (tmp_path / "config.json").write_text("{")
     assert "must be JSON" in refused(capsys, main(["sample", str(tmp_path)]), "gankern sample")
     settings = json.loads((run / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(settings | {"preset": "lost"}))
-    (tmp_path / "checkpoint-000001").mkdir()
+    (tmp_path / "checkpoint-000001.safetensors").touch()
     assert "must be of a known preset" in refused(capsys, main(["sample", str(tmp_path)]), "gankern sample")
 
 

@@ -249,10 +249,17 @@ def test_folder_without_pictures(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_limit_of_a_folder_counts_files(tmp_path: Path) -> None:
-    for i in range(5):
+def test_limit_of_a_folder_counts_readable_pictures(tmp_path: Path) -> None:
+    """In the order of their paths; those that would come after the last one wanted are not even opened."""
+    for i in range(8):
         save(tmp_path / f"{i}.png", np.full((2, 2), i, np.uint8))
     assert load(tmp_path, limit=3).samples[:, 0, 0, 0].tolist() == [0, 1, 2]
+    for i in (1, 3, 7):
+        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+    for limit, kept, skipped in ((1, [0], []), (3, [0, 2, 4], ["1", "3"]), (9, [0, 2, 4, 5, 6], ["1", "3", "7"])):
+        data = load(tmp_path, limit=limit)
+        assert data.samples[:, 0, 0, 0].tolist() == kept
+        assert [line.split(".png: ")[0] for line in data.skipped] == skipped
 
 
 def test_pillow_is_only_needed_for_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,16 @@ def test_a_table_is_run_and_written(tmp_path: Path) -> None:
     assert "- **does not hold**: mean score: two < one" in (tmp_path / "little.md").read_text()
 
 
+def test_the_full_form_has_its_own_settings_and_trials(tmp_path: Path) -> None:
+    full = dataclasses.replace(table(), full_seeds=3, full={"steps": 90, "n_critic": 5})
+    assert run(full, tmp_path, full=True, report=lambda line: None)
+    content = json.loads((tmp_path / "little.json").read_text())
+    assert content["form"] == "full"
+    assert [(row["steps"], row["own"]["score"]) for row in content["rows"]] == [(90, [5.0, 5.1, 5.2])] * 2
+    run(full, tmp_path, full=True, steps=11, seeds=1, report=lambda line: None)
+    assert [row["steps"] for row in json.loads((tmp_path / "little.json").read_text())["rows"]] == [11, 11]
+
+
 def result(*scores: float) -> Result:
     return Result(Row("r", TrainConfig()), {seed: Trial({"score": score}, 0.0, []) for seed, score in enumerate(scores)})
 

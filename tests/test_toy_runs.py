@@ -47,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_on_points_writes_pictures_film_and_modes(run: Path) -> None:
     shown = {"fakes_init.png", "fakes000002.png", "fakes000004.png", "fakes000006.png", "fakes000007.png", "reals.png"}
-    others = {"config.json", "log.jsonl", "modes.jsonl", "losses.png", "training.gif"}
+    others = {"config.json", "log.jsonl", "modes.jsonl", "losses.png", "training.gif", "checkpoint-000007.safetensors", ".lock"}
     found = {p.name for p in run.iterdir() if p.is_file() and "tfevents" not in p.name}
     assert found == shown | others
     for name in shown:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -737,51 +736,6 @@ def test_checkpoint_keeps_types_and_replaces_whole(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
-def test_interrupted_save_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "c"
-    checkpoint.save(path, {"step": 1})
-
-    def full_disk(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "_sync", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        checkpoint.save(path, {"step": 2})
-    assert checkpoint.load(path) == {"step": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["c"]
-
-
-class Bomb:
-    def __reduce__(self) -> Any:
-        return (Path.touch, (Path("exploded"),))
-
-
-def test_damaged_checkpoints_are_refused_and_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "c"
-    checkpoint.save(path, {"x": torch.arange(10.0)})
-    tensors, state = (path / checkpoint.TENSORS).read_bytes(), (path / checkpoint.STATE).read_bytes()
-    for name, content in (
-        (checkpoint.TENSORS, tensors[:-5]),
-        (checkpoint.TENSORS, b""),
-        (checkpoint.TENSORS, pickle.dumps(Bomb())),
-        (checkpoint.STATE, state[:9]),
-    ):
-        (path / checkpoint.TENSORS).write_bytes(tensors)
-        (path / checkpoint.STATE).write_bytes(state)
-        (path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"^checkpoint: {path} must be undamaged, got: "):
-            checkpoint.load(path)
-    assert not Path("exploded").exists()
-    (path / checkpoint.STATE).write_text('{"format": 99}')
-    (path / checkpoint.TENSORS).write_bytes(tensors)
-    with pytest.raises(ValueError, match=f"^checkpoint: {path} must have format 1, got another one$"):
-        checkpoint.load(path)
-    (path / checkpoint.STATE).unlink()
-    with pytest.raises(ValueError, match=f"^checkpoint: {path} must be readable, got: No such file"):
-        checkpoint.load(path)
-
-
 # --- run directories, pictures
 
 
@@ -822,11 +776,11 @@ def test_run_keeps_the_newest_checkpoints_and_rewinds(tmp_path: Path) -> None:
     assert [s for s, _ in run.checkpoints()] == [3, 1_000_000]
     run.save({"step": 5}, keep=0)
     assert [s for s, _ in run.checkpoints()] == [3, 5, 1_000_000]
-    assert locate(run.path)[1] == run.path / "checkpoint-1000000"
-    assert locate(run.path / "checkpoint-000003")[0].path == run.path.resolve()
+    assert [p.name for p in locate(run.path)[1]] == [f"checkpoint-{s}.safetensors" for s in ("1000000", "000005", "000003")]
+    assert locate(run.path / "checkpoint-000003.safetensors")[0].path == run.path.resolve()
     with (run.path / "log.jsonl").open("a") as file:
         file.write('{"step": 1000001, "d_l')  # cut short by a crash
-    (run.path / ".tmp-x").mkdir()
+    (run.path / ".tmp-x").touch()
     run.rewind(3)
     assert [row["step"] for row in run.rows()] == [1, 2, 3]
     assert [s for s, _ in run.checkpoints()] == [3]

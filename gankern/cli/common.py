@@ -35,11 +35,11 @@ class Parser(argparse.ArgumentParser):
         raise Refused(f"{message} (see {self.prog} --help)")
 
 
-def need(*modules: str) -> None:
-    """Refuse if a module of the extra "train" is missing."""
+def need(*modules: str, extra: str = "train") -> None:
+    """Refuse if a module of an extra is missing."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise Refused(f'{", ".join(missing)} must be installed for this: pip install "gankern[train]"')
+        raise Refused(f'{", ".join(missing)} must be installed for this: pip install "gankern[{extra}]"')
 
 
 def pick_device(name: str) -> torch.device:

@@ -16,13 +16,18 @@ import torch
 from torch import Tensor
 
 from gankern import data
+from gankern.cli.boards import Boards
 from gankern.cli.explain import Reader
+from gankern.cli.measure import Measure
 from gankern.cli.progress import Progress
 from gankern.models import sample_latent
 from gankern.training import PRESETS, TrainConfig, Trainer, pictures
 from gankern.training.graph import Eager, Pending
 from gankern.training.run_dir import MODES, RunDir
 from gankern.training.views import coverage_of, view_of
+
+# The group of each column of log.jsonl on a board; the other columns are those of techniques.
+TAGS = {"d_loss": "loss", "g_loss": "loss", "d_real": "score", "d_fake": "score"}
 
 
 class Ready(NamedTuple):
@@ -71,7 +76,7 @@ class Stop:
 
 def watchers(ready: Ready) -> list[Watcher]:
     """Those that the settings ask for."""
-    return []
+    return [Measure(ready)] if ready.config.metrics else []
 
 
 def fit(preset: str, ready: Ready) -> int:
@@ -93,7 +98,8 @@ def fit(preset: str, ready: Ready) -> int:
             for watcher in looking:
                 if last or step % watcher.every == 0:
                     ended = ended or watcher.look(reporter)
-            saving = last or bool(config.checkpoint_every and step % config.checkpoint_every == 0)
+            last = last or bool(ended)
+            saving = not last and bool(reporter.best or (config.checkpoint_every and step % config.checkpoint_every == 0))
             drawing = last or bool(config.sample_every and step % config.sample_every == 0)
             if (saving or drawing) and reporter.settle():
                 break  # never saved: the last checkpoint stays good
@@ -101,16 +107,18 @@ def fit(preset: str, ready: Ready) -> int:
                 reporter.sample(f"fakes{step:06d}.png")
             if saving:
                 reporter.save()
+        reporter.film()
         if reporter.settle():
             print(f"gankern-train: training diverged: {reporter.bad}; the log stops before it", file=sys.stderr)
             return 1
         reporter.save()
+    for sentence in reporter.closing.values():
+        print(sentence)
     if ended:
         print(f"ended after step {trainer.steps_done}, all saved: {ended}")
         return 0
     if trainer.steps_done < config.steps:
-        words = ["gankern-train", preset, *flags(preset, dataclasses.replace(config, resume=str(run.path)))]
-        print(f"stopped after step {trainer.steps_done}, all saved; to resume: {shlex.join(words)}")
+        print(f"stopped after step {trainer.steps_done}, all saved; to resume: {to_resume(preset, ready)}")
         return 128 + stop.signal
     losses = f": {Reader(config).losses(reporter.last)}" if reporter.last else ""
     where = f"samples: {run.path / f'fakes{config.steps:06d}.png'}; more: gankern sample {run.path}"
@@ -123,11 +131,9 @@ def next_multiple(step: int, every: int) -> int:
 
 
 class Reporter:
-    """All that a run writes: log.jsonl, TensorBoard events, pictures, checkpoints, and the progress line."""
+    """All that a run writes: log.jsonl, boards, pictures, checkpoints, and the progress line."""
 
     def __init__(self, ready: Ready) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.config, self.trainer, self.batches, self.run = ready.config, ready.trainer, ready.batches, ready.run
         self.engine, self.seconds = ready.engine, ready.seconds
         config, trainer = self.config, self.trainer
@@ -137,12 +143,14 @@ class Reporter:
         self.labels = [torch.arange(self.view.count) % ready.classes] if ready.classes else []
         self.z = sample_latent(self.view.count, config.z_dim, config.latent, latents)
         first = trainer.steps_done
-        self.board = SummaryWriter(str(self.run.path), purge_step=first + 1 if first else None)
+        self.board = Boards(self.run, config, first)
         self.progress = Progress(config.steps, first, config.batch_size, Reader(config))
         self.last: dict[str, float] = {}  # row of log.jsonl
         self.saved_step = first or -1
         self.logged_step = first
         self.pending: list[Pending] = []
+        self.closing: dict[str, str] = {}  # what watchers have to say at the end
+        self.best: tuple[str, dict[str, float]] | None = None  # metric and row that make this step the best, to be saved
         self.bad = ""  # what was not finite, and at which step
         self.mark = time.perf_counter()
 
@@ -150,23 +158,26 @@ class Reporter:
         self.progress.__enter__()
         return self
 
-    def __exit__(self, fault: object, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.progress.__exit__()
         self.board.close()
-        frames = [path for _, path in self.run.fakes()]
-        if frames and fault is None and self.dataset.kind != "images":
-            pictures.animate(self.run.path / "training.gif", frames)
 
     @contextlib.contextmanager
-    def _off_the_clock(self) -> Any:
+    def off_the_clock(self) -> Any:
         """Writing does not count as training time."""
         start = time.perf_counter()
         yield
         self.mark += time.perf_counter() - start
 
+    def seconds_now(self) -> float:
+        """Of training so far, also before a resume; waits for the device."""
+        if self.trainer.device.type == "cuda":
+            torch.cuda.synchronize(self.trainer.device)
+        return self.seconds + time.perf_counter() - self.mark
+
     def begin(self) -> None:
         """reals.png: real samples spread evenly over the data; fakes_init.png: samples before training."""
-        with self._off_the_clock():
+        with self.off_the_clock():
             self._picture("reals", "reals.png", self.view.reals())
         self.sample("fakes_init.png")
 
@@ -195,16 +206,14 @@ class Reporter:
         row = {"step": step, "time_s": round(self.seconds, 3), "images_per_s": round(rate, 1), **values}
         self.run.log(row)
         self.last = row
-        for name in ("d_loss", "g_loss"):
-            self.board.add_scalar(f"loss/{name}", row[name], step)
-        for name in ("d_real", "d_fake"):
-            self.board.add_scalar(f"score/{name}", row[name], step)
+        for name, value in values.items():
+            self.board.add_scalar(f"{TAGS.get(name, 'techniques')}/{name}", value, step)
         self.board.add_scalar("speed/images_per_s", row["images_per_s"], step)
         self.progress.update(row)
 
     def sample(self, name: str) -> None:
         """A picture; and a row of modes.jsonl where the modes of the data are known."""
-        with self._off_the_clock():
+        with self.off_the_clock():
             step, samples = self.trainer.steps_done, self.trainer.sample(self.z, *self.labels)
             coverage = coverage_of(self.dataset, samples)
             if coverage is not None:
@@ -217,22 +226,33 @@ class Reporter:
 
     def _picture(self, tag: str, name: str, picture: Tensor) -> None:
         pictures.save_png(self.run.path / name, picture)
-        self.board.add_image(tag, picture.numpy(), self.trainer.steps_done, dataformats="HWC")
+        self.board.add_image(tag, picture, self.trainer.steps_done)
+
+    def film(self) -> None:
+        """training.gif, of points and tables."""
+        frames = [path for _, path in self.run.fakes()]
+        if frames and self.dataset.kind != "images":
+            pictures.animate(self.run.path / "training.gif", frames)
 
     def save(self) -> None:
-        """A checkpoint of the present step, unless it is there already, and losses.png."""
+        """losses.png, and a checkpoint of the present step, unless it is there already: the last file, as a finished run stays as
+        it is."""
         step = self.trainer.steps_done
         if step == self.saved_step:
             return
-        with self._off_the_clock():
-            state = self.trainer.state_dict() | {f"data.{k}": v for k, v in self.batches.state_dict().items()}
-            seconds = self.seconds + time.perf_counter() - self.mark
-            self.run.save(state | {"device": self.trainer.device.type, "time_s": seconds}, self.config.keep)
+        with self.off_the_clock():
             rows = self.run.rows()
             if rows:
                 pictures.plot_losses(self.run.path / "losses.png", rows, self.run.path.name, self.progress.reader.names)
             self.board.flush()
-        self.saved_step = step
+            state = self.trainer.state_dict() | {f"data.{k}": v for k, v in self.batches.state_dict().items()}
+            self.run.save(state | {"device": self.trainer.device.type}, self.config.keep, self.best)
+        self.saved_step, self.best = step, None
+
+
+def to_resume(preset: str, ready: Ready) -> str:
+    """The command that continues the run."""
+    return shlex.join(["gankern-train", preset, *flags(preset, dataclasses.replace(ready.config, resume=str(ready.run.path)))])
 
 
 def flags(preset: str, config: TrainConfig) -> list[str]:

@@ -15,6 +15,7 @@ from gankern.training import PRESETS, TrainConfig
 # The group that begins with each of these settings.
 GROUPS = {
     "data": "the run",
+    "metrics": "metrics while training",
     "size": "the data",
     "loss": "the objective",
     "label_smoothing": "labels",

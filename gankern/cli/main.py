@@ -1,4 +1,4 @@
-"""Entry points: `gankern train|sample|presets|explain|doctor|reproduce|bench` and `gankern-train`."""
+"""Entry points: `gankern train|sample|evaluate|export|presets|explain|doctor|reproduce|bench` and `gankern-train`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ USAGE = """usage: gankern COMMAND ...
 commands:
   train PRESET ...   train a GAN; also called gankern-train
   sample RUN ...     draw samples from a run: a picture, a folder of pictures, a .npz or a .csv
+  evaluate RUN ...   metrics of a run's samples, or of a folder or file, beside real samples
+  export RUN ...     the generator alone in one file: safetensors, a torch.export program, or ONNX
   presets            list the presets
   explain LOSS       what an objective minimises, the values to expect in the log, signs of failure; without LOSS all are listed
   doctor             versions, devices, what is built, and what each op runs on
@@ -37,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "sample": _sample,
+        "evaluate": _evaluate,
+        "export": _export,
         "presets": _presets,
         "explain": _explain,
         "doctor": _doctor,
@@ -65,7 +69,10 @@ def _call(prog: str, command: Callable[..., int], *arguments: object) -> int:
 
 
 def _no_command(name: str) -> int:
-    raise Refused(f"command must be train, sample, presets, explain, doctor, reproduce or bench, got {name!r} (see gankern --help)")
+    raise Refused(
+        "command must be train, sample, evaluate, export, presets, explain, "
+        f"doctor, reproduce or bench, got {name!r} (see gankern --help)"
+    )
 
 
 def _train(arguments: list[str]) -> int:
@@ -78,6 +85,18 @@ def _sample(arguments: list[str]) -> int:
     from gankern.cli import sample
 
     return sample.command(arguments)
+
+
+def _evaluate(arguments: list[str]) -> int:
+    from gankern.cli import evaluate
+
+    return evaluate.command(arguments)
+
+
+def _export(arguments: list[str]) -> int:
+    from gankern.cli import export
+
+    return export.command(arguments)
 
 
 def _presets(arguments: list[str]) -> int:

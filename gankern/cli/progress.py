@@ -22,6 +22,7 @@ class Progress:
 
         self.steps, self.batch_size, self.reader = steps, batch_size, reader
         self.printed = time.monotonic()
+        self.newest: dict[str, float] = {}  # metrics
         self.bar: progress.Progress | None = None
         if sys.stdout.isatty():
             columns = ("{task.completed:.0f}/{task.total:.0f}", progress.BarColumn(bar_width=None), "{task.description}")
@@ -42,6 +43,7 @@ class Progress:
         left = timedelta(seconds=round((self.steps - step) * self.batch_size / max(row["images_per_s"], 0.1)))
         speed = f"{row['images_per_s']:.0f} samples/s"
         scores = "".join(f" {name} {value:.2f}" for name, value in self.reader.scores(row))
+        scores += "".join(f" {name} {value:.4g}" for name, value in self.newest.items())
         if self.bar is not None:
             words = f"{speed} D {row['d_loss']:.3f} G {row['g_loss']:.3f}{scores} ETA {left}"
             self.bar.update(self.task, completed=step, description=words, refresh=True)

@@ -8,7 +8,9 @@ import io
 import itertools
 import platform
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,9 +18,9 @@ import gankern
 from gankern import data
 from gankern.cli.common import Parser, Refused, need, pick_device, refusing
 from gankern.cli.explain import Reader
-from gankern.cli.fit import Ready, fit
+from gankern.cli.fit import Ready, fit, to_resume
 from gankern.cli.help import settings, shown
-from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, precision, run_dir
+from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint, precision, quality, run_dir
 from gankern.training.combinations import idle
 from gankern.training.graph import make
 from gankern.training.networks import CONDITIONAL
@@ -38,9 +40,19 @@ def command(arguments: list[str]) -> int:
     if name not in PRESETS:
         raise Refused(f"preset must be one of {names}, got {name!r}")
     need("tyro", "rich", "PIL", "safetensors", "tensorboard", "matplotlib")
-    with refusing():
-        ready = prepare(name, parse(name, rest))
-    return 0 if ready is None else fit(name, ready)
+    with contextlib.ExitStack() as held:
+        with refusing():
+            ready = prepare(name, parse(name, rest), held)
+        if ready is None:
+            return 0
+        try:
+            return fit(name, ready)
+        except OSError as error:  # of a file: the data are in memory
+            saved, where = ready.run.checkpoints()[-1:], f" {error.filename}" if error.filename else ""
+            words = f"all is saved up to step {saved[0][0]}; to resume: {to_resume(name, ready)}" if saved else "nothing is saved"
+            reason = f"cannot write{where}: {error.strerror or error}"
+            print(f"gankern-train: stopped after step {ready.trainer.steps_done}, {reason}; {words}", file=sys.stderr)
+            return 1
 
 
 def list_presets(arguments: list[str]) -> int:
@@ -90,19 +102,27 @@ def is_rule(line: str) -> bool:
     return not line.strip("─-╭╮╰╯")
 
 
-def prepare(preset: str, config: TrainConfig) -> Ready | None:
-    """All that may refuse: device, data, models, the run to resume. Returns None if all is done."""
+def prepare(preset: str, config: TrainConfig, held: contextlib.ExitStack) -> Ready | None:
+    """All that may refuse: device, data, models, the run to resume, which is locked as long as `held`. None: all is done."""
     device = pick_device(config.device)
+    if config.track in ("wandb", "both"):
+        need("wandb", extra="wandb")
     if config.data not in data.NAMES:  # the run is found again from another folder too
         config = dataclasses.replace(config, data=str(Path(config.data).expanduser().resolve()))
-    run, saved = find_run(preset, config)
+    run, found = find_run(preset, config)
+    if run is not None and not config.dry_run:
+        held.enter_context(run.locked())
+    saved, state, damaged = checkpoint.load_newest(found) if found else (None, {}, [])
     step = 0 if saved is None else run_dir.step_of(saved)
+    for sentence in damaged:
+        print(f"{sentence}; going back to {saved}")
     if run is not None and step >= config.steps:
         print(f"{run.path} is finished: {step} steps made, {config.steps} asked for; nothing to do")
         return None
     dataset = load_data(config)
     if skipped := dataset.skipped:
         print(f"skipped {len(skipped)} unreadable files: {', '.join(skipped[:5])}{' ...' * (len(skipped) > 5)}")
+    quality.check(config, dataset)
     needed = config.batch_size * config.n_critic
     if config.n_critic > 1 and needed > len(dataset):
         words = f"batch_size * n_critic must be at most the {len(dataset)} {dataset.kind} of {dataset.name}"
@@ -113,9 +133,8 @@ def prepare(preset: str, config: TrainConfig) -> Ready | None:
     torch.manual_seed(config.seed)
     trainer = Trainer(*PRESETS[preset].build(config, dataset.shape, classes), config, device)
     batches = data.Batches(dataset, needed, seed=config.seed, device=device)
-    seconds = 0.0
     if saved is not None:
-        seconds = restore(trainer, batches, saved)
+        restore(trainer, batches, saved, state)
     if config.dry_run:
         describe(preset, config, trainer, dataset, run)
         return None
@@ -123,6 +142,7 @@ def prepare(preset: str, config: TrainConfig) -> Ready | None:
     facts = {"data_name": dataset.name, dataset.kind: len(dataset), "versions": versions(), "device_used": str(device)}
     if run is None:
         run = RunDir.create(preset, config, dataset.name, dataset.shape, facts, classes, dataset.table)
+        held.enter_context(run.locked())
         print(f"new run {run.path}: {len(dataset)} {dataset.kind} of {dataset.name} {list(dataset.shape)}, on {device}")
     else:
         run.rewind(step if saved else -1)
@@ -134,6 +154,7 @@ def prepare(preset: str, config: TrainConfig) -> Ready | None:
         cost = precision.bf16_cost(device)
         if cost > 1.0:
             print(f"note: bfloat16 products take {cost:.1f} times as long as float32 ones on this CPU; --precision fp32 is faster")
+    seconds = max((row.get("time_s", 0.0) for row in run.rows()), default=0.0)
     return Ready(config, trainer, batches, dataset, classes, run, seconds, engine)
 
 
@@ -153,41 +174,36 @@ def count_classes(config: TrainConfig, dataset: data.Dataset, run: RunDir | None
     return found
 
 
-def find_run(preset: str, config: TrainConfig) -> tuple[RunDir | None, Path | None]:
-    """The run that --resume means, and its checkpoint; (None, None) is a new run."""
+def find_run(preset: str, config: TrainConfig) -> tuple[RunDir | None, list[Path]]:
+    """The run that --resume means, and its checkpoints, newest first, or the one that is named; None is a new run."""
     if config.resume == "never":
-        return None, None
+        return None, []
     if config.resume == "auto":
         run = RunDir.newest(Path(config.outdir), preset, config.data)
         if run is None:
             print(f"no run of {preset} on {config.data} under {config.outdir} to continue: starting one")
-            return None, None
-        run, saved = run_dir.locate(run.path)
+            return None, []
+        run, found = run_dir.locate(run.path)
     else:
-        run, saved = run_dir.locate(Path(config.resume))
+        run, found = run_dir.locate(Path(config.resume))
     if run.preset != preset:
         raise Refused(f"resume: preset must be {run.preset}, that of {run.path}, got {preset}")
     differences = run.config.differences(config)
     if differences:
         raise Refused(f"resume: settings must be those of {run.path}, got others in {', '.join(differences)}")
-    return run, saved
+    return run, found
 
 
-def restore(trainer: Trainer, batches: data.Batches, saved: Path) -> float:
-    """Load a checkpoint into trainer and sampler; returns the seconds of training before it."""
-    state = checkpoint.load(saved)
+def restore(trainer: Trainer, batches: data.Batches, saved: Path, state: dict[str, Any]) -> None:
+    """Load the state of the checkpoint `saved` into trainer and sampler."""
     device = state.pop("device", None)
     if device != trainer.device.type:
         raise ValueError(f"resume: device must be {device}, whose random state {saved} holds, got {trainer.device.type}")
-    seconds = state.pop("time_s", None)
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-        raise ValueError(f"resume: time_s of {saved} must be a number of seconds, got {seconds!r}")
     position = {key.removeprefix("data."): state.pop(key) for key in list(state) if key.startswith("data.")}
     if position.keys() != batches.state_dict().keys():
         raise ValueError(f"resume: {saved} must hold the data's {', '.join(batches.state_dict())}, got {', '.join(position)}")
     batches.load_state_dict(position)
     trainer.load_state_dict(state)
-    return float(seconds)
 
 
 def versions() -> dict[str, str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
-import zlib
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import IO, BinaryIO
 
 import numpy as np
 import torch
@@ -13,25 +14,28 @@ from torch import Tensor
 
 from gankern import checks
 from gankern.data.dataset import OP, Dataset
+from gankern.data.limits import unfolded
 from gankern.data.tables import standardised
 
 ARRAY_SUFFIXES = (".npz", ".npy")
 IMAGE_KEYS = {"train": ("x_train", "images", "samples", "x"), "test": ("x_test",)}
 LABEL_KEYS = {"train": ("y_train", "labels", "y"), "test": ("y_test",)}
 CHANNELS = (1, 3)
+MOST_CLASSES = 1 << 16
 
 
 def read_arrays(path: Path, split: str, limit: int | None) -> Dataset:
     """Read images or a table, and labels if there are some; see `load` for keys, layouts and ranges."""
     try:
         with path.open("rb") as file:
+            _check(path, file)
             loaded = np.load(file, allow_pickle=False)
             arrays = {path.stem: loaded} if isinstance(loaded, np.ndarray) else loaded
             only = list(arrays)[:1] if len(arrays) == 1 and split == "train" else []
             key = next((k for k in (*IMAGE_KEYS[split], *only) if k in arrays), "")
             label_key = next((k for k in LABEL_KEYS[split] if k in arrays and k != key), "")
             array, labels = (arrays[k] if k else None for k in (key, label_key))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # a reader fed with broken data raises nearly anything
         checks.fail(ValueError, OP, "source", "be an intact NumPy file without pickled objects", f"{path}: {error}")
     if array is None and split == "test":
         checks.fail(ValueError, OP, "split", "be train for a source that has no test part", split)
@@ -52,6 +56,33 @@ def read_arrays(path: Path, split: str, limit: int | None) -> Dataset:
     target = _labels(labels, label_key, len(array))
     classes = tuple(map(str, range(int(target.max()) + 1)))
     return replace(data, labels=target[:limit], classes=classes, note=f"{data.note}, labels {label_key}")
+
+
+def _check(path: Path, file: BinaryIO) -> None:
+    """Refuse, before memory is taken, arrays larger than what is there or than a file of this size may unfold to."""
+    size, most = path.stat().st_size, unfolded(path)
+    if file.read(2) == b"PK":
+        with zipfile.ZipFile(file) as members:
+            for member in members.infolist():
+                if member.filename.startswith("/") or ".." in PurePosixPath(member.filename).parts:
+                    raise ValueError(f"{member.filename} is a path out of the archive")
+                if member.filename.endswith(".npy"):
+                    with members.open(member) as content:
+                        _check_size(member.filename, content, min(member.file_size, most))
+    else:
+        file.seek(0)
+        if file.read(6) == np.lib.format.MAGIC_PREFIX:
+            file.seek(0)
+            _check_size(path.name, file, size)
+    file.seek(0)
+
+
+def _check_size(name: str, file: IO[bytes], most: int) -> None:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    if math.prod(shape) * dtype.itemsize > most:
+        raise ValueError(f"{name} has the shape {list(shape)} of {dtype}, more than its {most} bytes")
 
 
 def _images(array: np.ndarray) -> tuple[Tensor, str]:
@@ -92,4 +123,6 @@ def _labels(array: np.ndarray, key: str, count: int) -> Tensor:
         checks.fail(TypeError, OP, f"labels {key}", "be whole numbers", array.dtype.name)
     if array.min() < 0:
         checks.fail(ValueError, OP, f"labels {key}", "be >= 0", int(array.min()))
+    if array.max() >= MOST_CLASSES:
+        checks.fail(ValueError, OP, f"labels {key}", f"be < {MOST_CLASSES}", int(array.max()))
     return torch.from_numpy(array.reshape(count).astype(np.int64))

@@ -121,10 +121,12 @@ class Batches:
         """Go on exactly where `state_dict` was taken, whatever the seed and device were.
 
         Raises:
-            ValueError: a state of a data set of another size.
+            ValueError, TypeError: a state of a data set of another size, or a place that is none.
         """
         if state["size"] != len(self._order):
             checks.fail(ValueError, OP, "state", f"come from a data set of {len(self._order)} samples", f"one of {state['size']}")
+        checks.integer(OP, "epoch", state["epoch"], 0)
+        checks.integer(OP, "position", state["position"], 0)
         self._generator.set_state(state["generator"].cpu())
-        self._start_epoch(int(state["epoch"]))
-        self._position = int(state["position"])
+        self._start_epoch(state["epoch"])
+        self._position = state["position"]

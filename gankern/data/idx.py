@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gankern import checks
 from gankern.data.dataset import OP, Dataset
+from gankern.data.limits import unfolded
 
 PREFIXES = {"train": ("train",), "test": ("t10k", "test")}
 _CHUNK = 1 << 20
@@ -57,6 +58,9 @@ def _read(path: Path, dims: int) -> Tensor:
             if len(header) < 4 + 4 * dims:
                 checks.fail(ValueError, OP, "source", "hold a whole IDX header", f"{path} of {len(header)} bytes")
             shape = struct.unpack(f">{dims}I", header[4:])
+            if zipped and math.prod(shape) > unfolded(path):
+                wanted = f"hold at most {unfolded(path)} bytes, as gzipped to {path.stat().st_size}"
+                checks.fail(ValueError, OP, "source", wanted, f"the header {list(shape)} in {path}")
             content = bytearray()  # by pieces: a false size in the header must not become an allocation
             while len(content) <= math.prod(shape) and (piece := file.read(_CHUNK)):
                 content += piece

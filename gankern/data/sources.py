@@ -57,7 +57,7 @@ def load(
             size, and needs pictures that are all equally large.
         channels: 1 (colour becomes luma) or 3 (grey is repeated); None keeps what is there (in a folder 3 if any has colour).
         split: "train" or "test", for sources that have both parts; all else is "train".
-        limit: take the first `limit` samples only.
+        limit: take the first `limit` samples only, of a folder the first `limit` pictures that can be read.
         seed: of generated points, >= 0; another one draws others of the same law.
 
     Returns:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import array
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
 
 from gankern import checks
 from gankern.data.dataset import OP, Dataset, Table
+
+MOST_COLUMNS = 1 << 16
+MOST_CHARACTERS = 1 << 22  # of a line
 
 
 def standardised(values: np.ndarray, columns: Sequence[str], path: Path, note: str) -> Dataset:
@@ -36,10 +40,13 @@ def read_csv(path: Path, limit: int | None) -> Dataset:
     count = 0
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
+            reader = csv.reader(_lines(file, path))
             for row in reader:
                 if not row:
                     continue
+                if len(row) > MOST_COLUMNS:
+                    wanted = f"have at most {MOST_COLUMNS} columns"
+                    checks.fail(ValueError, OP, "table", wanted, f"{len(row)} in line {reader.line_num} of {path}")
                 if not columns:
                     named = not all(map(_is_number, row))
                     columns = row if named else [f"x{i + 1}" for i in range(len(row))]
@@ -60,6 +67,14 @@ def read_csv(path: Path, limit: int | None) -> Dataset:
     except (UnicodeDecodeError, csv.Error) as error:
         checks.fail(ValueError, OP, "source", "be a CSV file in UTF-8", f"{path}: {error}")
     return standardised(np.array(values).reshape(count, len(columns)), columns, path, f"CSV of {count} rows")
+
+
+def _lines(file: TextIO, path: Path) -> Iterator[str]:
+    """A line that has no end is no reason to read the whole file as one."""
+    while line := file.readline(MOST_CHARACTERS):
+        if len(line) == MOST_CHARACTERS:
+            checks.fail(ValueError, OP, "table", f"have lines of less than {MOST_CHARACTERS} characters", f"a longer one in {path}")
+        yield line
 
 
 def _is_number(entry: str) -> bool:

@@ -1,8 +1,18 @@
 """Judges of samples: pure functions, nothing printed or written."""
 
-from gankern.metrics.digits import DigitClassifier, DigitVerdict, judge_digits, load_digit_classifier, train_digit_classifier
+from gankern.metrics.digits import (
+    DigitClassifier,
+    DigitFeatures,
+    DigitVerdict,
+    digit_features,
+    judge_digits,
+    load_digit_classifier,
+    train_digit_classifier,
+)
 from gankern.metrics.distances import Neighbours, nearest_neighbours
+from gankern.metrics.features import Features, Seen
 from gankern.metrics.fid import fid
+from gankern.metrics.inception import Inception, load_inception
 from gankern.metrics.kid import KID, kid, kid_full
 from gankern.metrics.modes import ModeCoverage, modes
 from gankern.metrics.neighbour_test import NearestNeighbourTest, nearest_neighbour_test
@@ -15,17 +25,23 @@ __all__ = [
     "KID",
     "PRDC",
     "DigitClassifier",
+    "DigitFeatures",
     "DigitVerdict",
+    "Features",
+    "Inception",
     "InceptionScore",
     "ModeCoverage",
     "NearestNeighbourTest",
     "Neighbours",
+    "Seen",
+    "digit_features",
     "fid",
     "inception_score",
     "judge_digits",
     "kid",
     "kid_full",
     "load_digit_classifier",
+    "load_inception",
     "mode_score",
     "modes",
     "ms_ssim",

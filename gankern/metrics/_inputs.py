@@ -21,7 +21,7 @@ def points(op: str, least: int = 2, **sets: Tensor) -> None:
 
 def not_constant(op: str, name: str, values: Tensor) -> None:
     """Real samples that are all the same are a fault of the caller's; fake ones are a result."""
-    if bool((values == values[0]).all()):
+    if bool((values[-1] == values[0]).all()) and bool((values == values[0]).all()):
         checks.fail(ValueError, op, name, "hold samples that differ", f"{len(values)} copies of one")
 
 
@@ -58,5 +58,5 @@ def _enough(op: str, name: str, values: Tensor, dims: int, least: int, what: str
 
 
 def _finite(op: str, name: str, values: Tensor) -> None:
-    if not values.isfinite().all():
+    if not values.sum().isfinite() and not values.isfinite().all():  # the sum takes a twentieth of the time
         checks.fail(ValueError, op, name, "be finite", "NaN or infinity")

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gankern import checks
+from gankern.data.images import to_size
+from gankern.metrics import _inputs
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
 
@@ -129,6 +131,46 @@ def judge_digits(samples: Tensor, batch_size: int = 500) -> DigitVerdict:
     with torch.autocast(samples.device.type, enabled=False):
         probability, digit = torch.cat([net(part.float()).softmax(1) for part in samples.split(batch_size)]).max(1)
     return DigitVerdict(torch.bincount(digit, minlength=10).cpu() / len(samples), probability.mean().item())
+
+
+class DigitFeatures(NamedTuple):
+    """What the classifier sees in each channel of N images of C channels.
+
+    features: float32 [N, 256 C], its last convolution's 64 channels, each averaged over the four quarters of the image.
+    probabilities: float32 [N, C, 10], of the digits.
+    """
+
+    features: Tensor
+    probabilities: Tensor
+
+
+@torch.no_grad()
+def digit_features(images: Tensor, batch_size: int = 250) -> DigitFeatures:
+    """Features for the metrics, in float32 on the images' device. Channels are looked at one by one, so that colour counts.
+
+    Args:
+        images: [N, C, H, W] in [-1, 1], floating, finite, N >= 1. Other sides than 28 pixels: the largest centred square, resized.
+        batch_size: channels in one pass, >= 1.
+
+    Raises:
+        ValueError, TypeError: images of another shape or dtype.
+        RuntimeError: safetensors is not installed.
+    """
+    op = "digit_features"
+    _inputs.images(op, 1, 1, images=images)
+    checks.integer(op, "batch_size", batch_size, 1)
+    net = load_digit_classifier(images.device)
+    *convolutions, flatten, dropout, linear = net
+    pooled, probabilities = [], []
+    with torch.autocast(images.device.type, enabled=False):
+        for part in to_size(images, 28).flatten(0, 1).unsqueeze(1).split(batch_size):
+            maps = part.float()
+            for layer in convolutions:
+                maps = layer(maps)
+            pooled.append(F.adaptive_avg_pool2d(maps, 2).flatten(1))
+            probabilities.append(linear(dropout(flatten(maps))).softmax(1))
+    n, channels = images.shape[:2]
+    return DigitFeatures(torch.cat(pooled).view(n, -1), torch.cat(probabilities).view(n, channels, 10))
 
 
 def _check_images(op: str, argument: str, images: Tensor) -> None:

@@ -1,7 +1,8 @@
 """Distances of every point to every other, one block of rows at a time, and the nearest neighbours they give.
 
-A block is computed as ||a||² - 2 a·b + ||b||² in float64, around a centre: in float32 the difference would lose the distances
-within a narrow mode. Memory: ELEMENTS numbers for a block and TILE points in float64, whatever the size of the sets.
+A block is ||a||² - 2 a·b + ||b||² in float64, as one product of rows (a, ||a||², 1) and (-2 b, 1, ||b||²), around a centre: in
+float32 the difference would lose the distances within a narrow mode. Memory: ELEMENTS numbers for a block and TILE points in
+float64, whatever the size of the sets.
 """
 
 from __future__ import annotations
@@ -36,11 +37,18 @@ def blocks(a: Tensor, b: Tensor, centre: Tensor) -> Iterator[tuple[slice, Tensor
     height = max(1, ELEMENTS // len(b))
     for top in range(0, len(a), height):
         mine = a[top : top + height].double() - centre
+        mine = torch.cat([mine, _squares(mine), mine.new_ones(len(mine), 1)], 1)
         block = mine.new_empty(len(mine), len(b))
         for left in range(0, len(b), TILE):
             other = b[left : left + TILE].double() - centre
-            torch.addmm(other.square().sum(1), mine, other.mT, alpha=-2, out=block[:, left : left + TILE])
-        yield slice(top, top + len(mine)), block.add_(mine.square().sum(1, keepdim=True))
+            other = torch.cat([-2 * other, other.new_ones(len(other), 1), _squares(other)], 1)
+            torch.mm(mine, other.mT, out=block[:, left : left + TILE])
+        yield slice(top, top + len(mine)), block
+
+
+def _squares(points: Tensor) -> Tensor:
+    """The squared norms, [N, 1]."""
+    return points.square().sum(1, keepdim=True)
 
 
 def nearest_squared(a: Tensor, b: Tensor | None, k: int, centre: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,11 +41,11 @@ class _Generator(nn.Module):
         """What `layers` takes: [B, z_dim + length of a label's vector]."""
         op = type(self).__name__
         _common.rows(op, "z", z, (self.z_dim,))
-        _common.labels_of(op, labels, len(z))
+        _common.labels_of(op, labels, z.shape[0])
         return torch.cat([z, self.embedding(labels)], 1)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        return self.layers(self.inputs(z, labels)).view(len(z), *self.out_shape)
+        return self.layers(self.inputs(z, labels)).view(z.shape[0], *self.out_shape)
 
 
 class _Discriminator(nn.Module):

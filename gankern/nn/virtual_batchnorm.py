@@ -69,11 +69,11 @@ class VirtualBatchNorm(nn.Module):
         if len(inputs) != len(references):
             checks.fail(TypeError, "VirtualBatchNorm", "inputs", f"be {len(references)} tensors, as the reference", len(inputs))
         n = len(references[0])
-        rows = n + len(inputs[0])
+        rows = n + inputs[0].shape[0]
         results = self.network(*(torch.cat([r.to(x.dtype), x]) for r, x in zip(references, inputs, strict=True)))
         for y in results if isinstance(results, tuple) else (results,):
-            if len(y) != rows:
-                checks.fail(ValueError, "VirtualBatchNorm", "network", f"give {rows} rows for {rows} inputs", len(y))
+            if y.shape[0] != rows:
+                checks.fail(ValueError, "VirtualBatchNorm", "network", f"give {rows} rows for {rows} inputs", y.shape[0])
         return tuple(y[n:] for y in results) if isinstance(results, tuple) else results[n:]
 
 

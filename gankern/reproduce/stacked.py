@@ -86,7 +86,7 @@ STACKED_MNIST_TINY = Table(
     draw=draw,
     seeds=2,
     full_seeds=10,
-    full_steps=50_000,
+    full={"steps": 50_000},
 )
 
 _R3GAN = TrainConfig(
@@ -110,5 +110,5 @@ R3GAN = Table(
     draw=draw,
     seeds=1,
     full_seeds=3,
-    full_steps=50_000,
+    full={"steps": 50_000},
 )

@@ -25,7 +25,7 @@ from gankern.training import TrainConfig
 
 
 class Trial(NamedTuple):
-    """One seed of one row: the numbers by metric, seconds of training, and samples for the figure, one tensor a look."""
+    """One seed of one row: numbers by metric, seconds of training (on a CPU the process's own), samples for the figure, by look."""
 
     numbers: dict[str, float]
     seconds: float
@@ -72,7 +72,7 @@ class Table:
         metrics: the columns.
         rows: with the settings of the short form; `steps` among them.
         seeds: of the short form; the full form takes `full_seeds`.
-        full_steps: of the full form; 0: those of the rows.
+        full: the settings that differ in the full form, such as steps.
         trial: config -> one Trial; called in a process of its own.
         claims: what must hold.
         draw: (path, results) writes the figure.
@@ -88,7 +88,7 @@ class Table:
     draw: Callable[[Path, dict[str, Result]], None]
     seeds: int = 1
     full_seeds: int = 1
-    full_steps: int = 0
+    full: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(
@@ -114,8 +114,8 @@ def run(
         Whether every claim holds.
     """
     seeds = seeds or (table.full_seeds if full else table.seeds)
-    steps = steps or (table.full_steps if full else 0)
-    rows = [row._replace(config=replace(row.config, steps=steps)) if steps else row for row in table.rows]
+    changes = {**(table.full if full else {}), **({"steps": steps} if steps else {})}
+    rows = [row._replace(config=replace(row.config, **changes)) for row in table.rows]
     results = {row.name: Result(row) for row in rows}
     start = time.perf_counter()
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:

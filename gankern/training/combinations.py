@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from gankern import checks
 from gankern.ops._objectives import OBJECTIVES
+from gankern.training import quality
 
 if TYPE_CHECKING:
     from gankern.training.config import TrainConfig
@@ -51,6 +52,11 @@ def check(c: TrainConfig) -> None:
         ValueError: there is one.
     """
     _ = c.objective  # loss and generator_loss
+    metrics = quality.names(c.metrics)
+    if metrics and not c.metric_every:
+        _refuse("metric_every", "be >= 1 with --metrics", c.metric_every)
+    if c.keep_best and c.keep_best not in metrics:
+        _refuse("keep_best", f"be one of --metrics ({c.metrics or 'nothing'})", repr(c.keep_best))
     if c.batch_size == 1 and (c.arch == "tabular" or (c.g_norm == "batch" and c.arch in _MLPS)):
         _refuse("batch_size", "be >= 2 with BatchNorm", 1)
     if c.batch_size == 1 and c.loss == "ebgan" and c.pulling_away_weight:
@@ -115,6 +121,8 @@ def idle(c: TrainConfig) -> dict[str, str]:
         (("momentum",), "sgd" in optimizers, "an optimiser sgd"),
         (("beta1", "beta2"), "adam" in optimizers, "an optimiser adam"),
         (("ema_warmup",), c.ema > 0, "--ema"),
+        (("metric_every", "metric_samples", "metric_budget"), bool(c.metrics), "--metrics"),
+        (("stop_after",), bool(c.keep_best), "--keep-best"),
     ):
         if not used:
             found |= dict.fromkeys(fields, f"without {without}")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gankern.training.files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -38,7 +40,8 @@ def save_png(path: Path, picture: Tensor) -> None:
     from PIL import Image
 
     array = picture.numpy()
-    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(path, "PNG")
+    with replacing(path) as temporary:
+        Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(temporary, "PNG")
 
 
 def canvas(width: int, height: int, layout: Any = None) -> Figure:
@@ -147,4 +150,5 @@ def animate(path: Path, frames: Sequence[Path]) -> None:
     palette = palette.quantize(128, Image.Quantize.FASTOCTREE)
     first, *rest = (Image.open(f).convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE) for f in frames)
     pause = min(max(10_000 // len(frames), 60), 500)
-    first.save(path, save_all=True, append_images=rest, duration=[*[pause] * len(rest), 2000], loop=0)
+    with replacing(path) as temporary:
+        first.save(temporary, "GIF", save_all=True, append_images=rest, duration=[*[pause] * len(rest), 2000], loop=0)

@@ -1,7 +1,8 @@
 """RunDir: the directory of one training run, `00000-gan-mnist-b64`, and all that is read from and written to it.
 
 config.json (preset, settings, versions), log.jsonl, reals.png, fakes_init.png, fakes%06d.png, losses.png,
-checkpoint-%06d/, TensorBoard event files; of points and tables training.gif, of mixtures modes.jsonl too.
+checkpoint-%06d.safetensors, TensorBoard event files; of points and tables training.gif, of mixtures modes.jsonl too. With --metrics
+metric-NAME.jsonl; with --keep-best `best`, a link to the best checkpoint, and best.json (metric, step, value).
 """
 
 from __future__ import annotations
@@ -10,19 +11,33 @@ import json
 import os
 import re
 import shutil
+import socket
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gankern import checks
 from gankern.data import Table
 from gankern.training import checkpoint
 from gankern.training.config import TrainConfig
+from gankern.training.files import TEMPORARY, locked, named, replacing, sync
 
 OP = "run"
-CONFIG, LOG, MODES = "config.json", "log.jsonl", "modes.jsonl"
+CONFIG, LOG, MODES, BEST = "config.json", "log.jsonl", "modes.jsonl", "best"
 _RUN = re.compile(r"(\d{5,})-")
-_CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
+_CHECKPOINT = re.compile(r"checkpoint-(\d{6,})\.safetensors")
 _FAKES = re.compile(r"fakes(_init|\d{6,})\.png")
+
+
+class Facts(NamedTuple):
+    """What networks are made from, and what their samples are: preset, shape of a sample, classes (0 but for a conditional model),
+    what restores the units of a table, settings."""
+
+    preset: str
+    shape: tuple[int, ...]
+    classes: int
+    table: Table | None
+    config: TrainConfig
 
 
 class RunDir:
@@ -33,14 +48,8 @@ class RunDir:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, content = path, _content(path)
-        self.preset: str = content["preset"]
-        self.shape: tuple[int, ...] = tuple(content["shape"])
-        self.classes = content.get("classes", 0)  # of a conditional model
-        if type(self.classes) is not int or self.classes < 0:
-            checks.fail(ValueError, OP, str(path / CONFIG), "have classes >= 0", repr(self.classes))
-        self.table = _table(content.get("table"), self.shape[0], path)
-        self.config = TrainConfig.from_json(content.get("settings"), str(path / CONFIG))
+        self.path = path
+        self.preset, self.shape, self.classes, self.table, self.config = _facts(_content(path), str(path / CONFIG))
 
     @classmethod
     def create(
@@ -62,15 +71,19 @@ class RunDir:
         outdir.mkdir(parents=True, exist_ok=True)
         slug = re.sub(r"[^a-z0-9]+", "-", f"{preset}-{data_name}-b{config.batch_size}".lower()).strip("-")
         number = max((n for n, _ in _numbered(outdir)), default=-1) + 1
+        temporary = outdir / f"{TEMPORARY}{socket.gethostname()}-{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write_config(temporary, preset, config, shape, facts, classes, table)
         while True:
             path = outdir / f"{number:05d}-{slug}"
             try:
-                path.mkdir()
-                break
-            except FileExistsError:  # another run took it meanwhile
-                number += 1
-        write_config(path, preset, config, shape, facts, classes, table)
-        return cls(path)
+                temporary.rename(path)
+                return cls(path)
+            except OSError:
+                if not path.exists():
+                    raise
+                number += 1  # another run took it meanwhile
 
     @classmethod
     def newest(cls, outdir: Path, preset: str, data: str) -> RunDir | None:
@@ -88,51 +101,80 @@ class RunDir:
                 return cls(path)
         return None
 
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the run, which nobody else may then continue.
+
+        Raises:
+            ValueError: another process holds it; or a symbolic link is there: what is written under its name would go elsewhere.
+        """
+        for path in self.path.iterdir():
+            if path.is_symlink():
+                checks.fail(ValueError, OP, str(self.path), "hold no symbolic link when it is continued", path.name)
+        return locked(self.path, OP)
+
     # --- checkpoints
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """(step, path) of every complete checkpoint, oldest first."""
-        found = ((_CHECKPOINT.fullmatch(p.name), p) for p in self.path.iterdir() if p.is_dir())
+        """(step, path) of every checkpoint, oldest first."""
+        found = ((_CHECKPOINT.fullmatch(p.name), p) for p in self.path.iterdir())
         return sorted((int(match[1]), p) for match, p in found if match)
 
-    def save(self, state: dict[str, Any], keep: int) -> Path:
-        """Write a checkpoint of state["step"] and remove all but the newest `keep` (0: none)."""
-        path = self.path / f"checkpoint-{state['step']:06d}"
+    def save(self, state: dict[str, Any], keep: int, best: tuple[str, dict[str, float]] | None = None) -> Path:
+        """Write a checkpoint of state["step"], after the logs, and remove all but the newest `keep` (0: none) and the best one.
+
+        best: the metric and the row of it that make this one the best.
+        """
+        path = self.path / f"checkpoint-{state['step']:06d}.safetensors"
+        for log in self.path.glob("*.jsonl"):
+            sync(log)
+        if best is not None:
+            self.mark_best(*best)
         checkpoint.save(path, state)
+        spared = (self.path / BEST).resolve().name
         older = [p for step, p in self.checkpoints() if step < state["step"]]
         for p in older[: max(len(older) + 1 - keep, 0)] if keep else ():
-            shutil.rmtree(p)
+            if p.name != spared:
+                p.unlink()
         return path
+
+    def mark_best(self, metric: str, row: dict[str, float]) -> None:
+        """Have `best` name the checkpoint of row["step"], and best.json say why. If a crash keeps that from being written, `rewind`
+        takes both away."""
+        temporary = self.path / f"{TEMPORARY}{BEST}"
+        temporary.symlink_to(f"checkpoint-{row['step']:06d}.safetensors")
+        os.replace(temporary, self.path / BEST)
+        with replacing(self.path / f"{BEST}.json") as facts:
+            facts.write_text(json.dumps({"metric": metric, "step": row["step"], "value": row["value"]}) + "\n")
 
     # --- log
 
     def log(self, row: dict[str, float], name: str = LOG) -> None:
-        with (self.path / name).open("a") as file:
+        with named(self.path / name), (self.path / name).open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def rows(self, name: str = LOG) -> list[dict[str, float]]:
-        """The rows of log.jsonl, or of modes.jsonl; a last line cut short by a crash is left out."""
+        """The rows of log.jsonl, or of another log; what a crash left unreadable is left out."""
         path = self.path / name
         rows = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+            with suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and type(row.get("step")) is int:
+                    rows.append(row)
         return rows
 
     def rewind(self, step: int) -> None:
         """Forget log rows, pictures and checkpoints after `step`, which the resumed run writes anew, and leavings of a crash."""
-        for later in [p for s, p in self.checkpoints() if s > step] + [*self.path.glob(".tmp-*"), *self.path.glob(".old-*")]:
-            shutil.rmtree(later)
-        for later in [p for s, p in self.fakes() if s > step]:
-            later.unlink()
-        for name in (LOG, MODES):
-            kept = [json.dumps(row) + "\n" for row in self.rows(name) if row["step"] <= step]
-            if (self.path / name).exists():
-                temporary = self.path / f".{name}"
-                temporary.write_text("".join(kept))
-                os.replace(temporary, self.path / name)
+        later = [p for s, p in self.checkpoints() + self.fakes() if s > step]
+        for path in [*later, *self.path.glob(f"{TEMPORARY}*")]:
+            path.unlink()
+        if not (self.path / BEST).exists():
+            for name in (BEST, f"{BEST}.json"):
+                (self.path / name).unlink(missing_ok=True)
+        for path in self.path.glob("*.jsonl"):
+            kept = "".join(json.dumps(row) + "\n" for row in self.rows(path.name) if row["step"] <= step)
+            with replacing(path) as temporary:
+                temporary.write_text(kept)
 
     # --- pictures
 
@@ -140,6 +182,11 @@ class RunDir:
         """(step, path) of every picture of generated samples, in order."""
         found = ((_FAKES.fullmatch(p.name), p) for p in self.path.iterdir())
         return sorted((0 if match[1] == "_init" else int(match[1]), p) for match, p in found if match)
+
+
+def metric_log(name: str) -> str:
+    """The file with the rows of a metric."""
+    return f"metric-{name}.jsonl"
 
 
 def write_config(
@@ -156,9 +203,8 @@ def write_config(
     content = {"preset": preset, "shape": list(shape), "classes": classes, "settings": config.to_json(), **facts}
     if table is not None:
         content["table"] = table._asdict()
-    temporary = path / f".{CONFIG}"
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path / CONFIG)
+    with replacing(path / CONFIG) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def step_of(path: Path) -> int:
@@ -168,19 +214,19 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def locate(path: Path) -> tuple[RunDir, Path | None]:
-    """The run, and its newest checkpoint (None if there is none), of a path that is a run directory or one of its checkpoints.
+def locate(path: Path) -> tuple[RunDir, list[Path]]:
+    """The run, and its checkpoints, newest first, of a path that is a run directory; or that one of a path that is a checkpoint,
+    or the link to the best one.
 
     Raises:
         ValueError: it is neither.
     """
-    if not path.is_dir():
-        checks.fail(ValueError, OP, str(path), "be a run directory or a checkpoint", "no such directory")
+    if not path.exists():
+        checks.fail(ValueError, OP, str(path), "be a run directory or a checkpoint", "no such path")
     if _CHECKPOINT.fullmatch(path.resolve().name):
-        return RunDir(path.resolve().parent), path
+        return RunDir(path.resolve().parent), [path]
     run = RunDir(path)
-    found = run.checkpoints()
-    return run, found[-1][1] if found else None
+    return run, [saved for _, saved in reversed(run.checkpoints())]
 
 
 def _numbered(outdir: Path) -> list[tuple[int, Path]]:
@@ -189,31 +235,56 @@ def _numbered(outdir: Path) -> list[tuple[int, Path]]:
     return [(int(match[1]), p) for p in outdir.iterdir() if (match := _RUN.match(p.name)) and p.is_dir()]
 
 
+def read_facts(text: str, source: str) -> Facts:
+    """The facts in JSON; other keys are passed over. `source` opens the sentence of a refusal.
+
+    Raises:
+        ValueError: no JSON, or a fact that is missing, of another type, or out of range.
+    """
+    return _facts(_parsed(text, source), source)
+
+
 def _content(path: Path) -> dict[str, Any]:
     """What config.json of the run at `path` holds."""
     try:
-        content = json.loads((path / CONFIG).read_text())
+        text = (path / CONFIG).read_text()
     except OSError:
         checks.fail(ValueError, OP, str(path), f"be a run directory with a {CONFIG}", "none there")
     except ValueError as error:
         checks.fail(ValueError, OP, str(path / CONFIG), "be JSON", str(error))
+    return _parsed(text, str(path / CONFIG))
+
+
+def _parsed(text: str, source: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        checks.fail(ValueError, OP, source, "be JSON", str(error))
     if not isinstance(content, dict) or not isinstance(content.get("preset"), str) or not _is_shape(content.get("shape")):
-        checks.fail(ValueError, OP, str(path / CONFIG), "name a preset and the shape of a sample", "neither or one of them")
+        checks.fail(ValueError, OP, source, "name a preset and the shape of a sample", "neither or one of them")
     return content
 
 
+def _facts(content: dict[str, Any], source: str) -> Facts:
+    shape, classes = tuple(content["shape"]), content.get("classes", 0)
+    if type(classes) is not int or not 0 <= classes < 2**31:
+        checks.fail(ValueError, OP, source, "have classes in [0, 2^31)", repr(classes))
+    table = _table(content.get("table"), shape[0], source)
+    return Facts(content["preset"], shape, classes, table, TrainConfig.from_json(content.get("settings"), source))
+
+
 def _is_shape(value: object) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(type(v) is int and v > 0 for v in value)
+    return isinstance(value, list) and 0 < len(value) <= 8 and all(type(v) is int and 0 < v < 2**31 for v in value)
 
 
-def _table(value: Any, features: int, path: Path) -> Table | None:
+def _table(value: Any, features: int, source: str) -> Table | None:
     """What `write_config` wrote as "table", with an entry for each feature."""
     if value is None:
         return None
     try:
         table = Table(tuple(map(str, value["columns"])), tuple(map(float, value["mean"])), tuple(map(float, value["std"])))
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         table = Table((), (), ())
     if any(len(part) != features for part in table):
-        checks.fail(ValueError, OP, str(path / CONFIG), f"have a table of {features} columns, mean and std", repr(value))
+        checks.fail(ValueError, OP, source, f"have a table of {features} columns, mean and std", "another")
     return table

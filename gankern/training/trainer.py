@@ -19,6 +19,7 @@ from gankern.training.critics import Loss
 from gankern.training.optimizers import InPlace, make
 
 OP = "Trainer"
+DROPPING = (_DropoutNd, LinearLeakyReLU)
 
 
 class Trainer:
@@ -194,7 +195,7 @@ class Trainer:
         Raises:
             ValueError: an entry is missing, left over, or of another shape or dtype; nothing has been loaded then.
         """
-        _check_entries(state, self.state_dict())
+        check_entries(state, self.state_dict())
         self.steps_done = state["step"]
         if self.clock is not None:
             self.clock.fill_(self.steps_done)
@@ -276,7 +277,7 @@ def generate(generator: nn.Module, z: Tensor, *labels: Tensor, chunk: int = 512,
     """G(z) or G(z, labels) in evaluation mode, in chunks; the mode is put back. `dropout`: that stays as in training."""
     training = generator.training
     for m in generator.modules():
-        m.training = dropout and isinstance(m, (_DropoutNd, LinearLeakyReLU))
+        m.training = dropout and isinstance(m, DROPPING)
     try:
         return torch.cat([generator(*parts) for parts in zip(*(t.split(chunk) for t in (z, *labels)), strict=True)])
     finally:
@@ -287,15 +288,15 @@ def _below(state: dict[str, Any], name: str) -> dict[str, Any]:
     return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
 
-def _check_entries(state: dict[str, Any], want: dict[str, Any]) -> None:
+def check_entries(state: dict[str, Any], want: dict[str, Any], op: str = OP) -> None:
     """Refuse a state that does not have exactly the entries of `want`, with their types, shapes and dtypes."""
     for key in sorted(want.keys() ^ state.keys()):
-        checks.fail(ValueError, OP, "state", f"{'have' if key in want else 'not have'} the entry {key}", "another model's state")
+        checks.fail(ValueError, op, "state", f"{'have' if key in want else 'not have'} the entry {key}", "another model's state")
     for key, expected in want.items():
         value = state[key]
         if isinstance(expected, int):
             if type(value) is not int or value < 0:
-                checks.fail(ValueError, OP, key, "be an int >= 0", repr(value))
+                checks.fail(ValueError, op, key, "be an int >= 0", repr(value))
         elif not isinstance(value, Tensor) or (value.shape, value.dtype) != (expected.shape, expected.dtype):
             got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            checks.fail(ValueError, OP, key, f"be {expected.dtype} {list(expected.shape)}", got)
+            checks.fail(ValueError, op, key, f"be {expected.dtype} {list(expected.shape)}", got)
