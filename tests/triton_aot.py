@@ -217,28 +217,23 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 
 def narrow(ttir: str) -> list[str]:
-    """Lines of a kernel's IR that lose an index beyond 32 bits: a pointer moved by an i32 that is no constant and no place in a
-    block, and an i32 product with the number of a program that becomes 64 bits wide too late."""
+    """Lines of a kernel's IR at which an i32 product of two numbers that are no constants (a row times a width) moves a pointer, or
+    becomes 64 bits wide: too late, beyond 2^31 elements. A column alone may have 32 bits."""
     made = {m[1]: (m[2], re.findall(r"%[\w#]+", m[3])) for m in re.finditer(r"^\s*(%\w+) = ([\w.]+)(.*)", ttir, re.M)}
-    growing = ("tt.splat", "tt.expand_dims", "tt.broadcast", "arith.addi", "arith.muli")
-    shrinking = ("arith.divsi", "arith.remsi", "arith.shrsi")
+    spread = ("tt.splat", "tt.expand_dims", "tt.broadcast")
 
-    def inside(name: str) -> bool:
+    def constant(name: str) -> bool:
         op, operands = made.get(name, ("", []))
-        return op in ("arith.constant", "tt.make_range") or (op in growing + shrinking and all(map(inside, operands)))
+        return op == "arith.constant" or (op in spread and all(map(constant, operands)))
 
-    def numbers_programs(name: str) -> bool:
+    def product(name: str) -> bool:
         op, operands = made.get(name, ("", []))
-        return op == "tt.get_program_id" or (op in growing and any(map(numbers_programs, operands)))
+        if op == "arith.muli" and not any(map(constant, operands)):
+            return True
+        return op in (*spread, "arith.addi", "arith.muli") and any(map(product, operands))
 
-    found = []
-    for line in ttir.splitlines():
-        moved = re.search(r"tt\.addptr %[\w#]+, (%[\w#]+) : .*, \S*i32>?( |$)", line)
-        late = re.search(r"arith\.extsi (%[\w#]+) : \S*i32", line)
-        product = late is not None and made.get(late[1], ("",))[0] == "arith.muli" and numbers_programs(late[1])
-        if product or (moved is not None and not inside(moved[1])):
-            found.append(line.strip())
-    return found
+    used = r"^.*(?:tt\.addptr %[\w#]+, (%[\w#]+) : .*, \S*i32>?|arith\.extsi (%[\w#]+) : \S*i32.*)(?: |$).*$"
+    return [m[0].strip() for m in re.finditer(used, ttir, re.M) if product(m[1] or m[2])]
 
 
 def main(architectures: list[int]) -> None:
