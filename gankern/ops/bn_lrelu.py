@@ -138,8 +138,8 @@ def bn_lrelu(
     if backend.automatic() and getattr(x, "is_cpu", False) and x.numel() <= SMALL:
         try:
             flat = (weight is None or weight.dim() == 1) and (bias is None or bias.dim() == 1)  # batch_norm takes others too
-            for running in (running_mean, running_var):
-                flat = flat and (running is None or (running.dim() == 1 and running.is_floating_point()))
+            for average in (running_mean, running_var):
+                flat = flat and (average is None or (average.dim() == 1 and average.is_floating_point()))
             flat = (
                 flat
                 and x.dtype in checks.FLOATING
