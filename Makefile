@@ -37,7 +37,7 @@ $(ENV): pyproject.toml
 	@mkdir -p $(STAMPS) && echo '$(SETTINGS)' >$(STAMPS)/settings && touch $@
 
 $(STAMPS)/dev: $(ENV)
-	$(PIP) install -q pytest pytest-benchmark pytest-timeout pytest-xdist hypothesis ruff==0.17.6 mypy==2.4.1 "lightning>=2.6,<3" scipy "torchmetrics>=1.9" onnx onnxruntime onnxscript wandb
+	$(PIP) install -q pytest pytest-benchmark pytest-timeout pytest-xdist hypothesis ruff==0.17.6 mypy==2.4.1 "lightning>=2.6,<3" playwright scipy "torchmetrics>=1.9" onnx onnxruntime onnxscript wandb
 	@touch $@
 
 $(STAMPS)/build: $(ENV) setup.py $(CSRC)
@@ -54,7 +54,7 @@ test: build $(STAMPS)/dev
 	GANKERN_REQUIRE=$$(command -v $${CXX:-c++} >/dev/null && echo compiled,)triton TRITON_INTERPRET=1 \
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-long: ARGS := -m long $(ARGS)
+test-long: override ARGS := -m long $(ARGS)
 test-long: test
 
 # A package of its own with instrumented C++, and random calls of every op on it, good and bad.

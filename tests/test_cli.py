@@ -21,13 +21,13 @@ from PIL import Image
 
 import gankern
 from gankern import backend
-from gankern.cli import doctor, fit, train
+from gankern.cli import doctor, train
 from gankern.cli.common import Refused
 from gankern.cli.help import GROUPS, shown
 from gankern.cli.main import main, train_main
 from gankern.cli.probes import PROBES
 from gankern.ops import gan_loss, linear_lrelu
-from gankern.training import PRESETS, TrainConfig, checkpoint, precision
+from gankern.training import PRESETS, TrainConfig, checkpoint, precision, presets
 from gankern.training.combinations import idle
 from gankern.training.graph import Graph
 from gankern.training.networks import CONDITIONAL
@@ -90,7 +90,7 @@ def refused(capsys: Capture, status: int, prog: str = "gankern-train") -> str:
 
 def test_run_directory_holds_what_it_promises(run: Path) -> None:
     names = {p.name for p in run.iterdir() if not p.name.startswith("events.out.tfevents.")}
-    pictures = {"reals.png", "fakes_init.png", "fakes000010.png", "fakes000020.png", "losses.png"}
+    pictures = {"reals.png", "fakes_init.png", "fakes000010.png", "fakes000020.png", "losses.png", "report.html"}
     assert (
         names == {"config.json", "log.jsonl", "checkpoint-000016.safetensors", "checkpoint-000020.safetensors", ".lock"} | pictures
     )
@@ -485,8 +485,8 @@ def test_flags_are_the_inverse_of_parsing() -> None:
     words = ["--g-widths", "3", "4", "--no-ema-warmup", "--lr-g", "0.001", "--data", "my data", "--dry-run", "--size", "9"]
     config = train.parse("gan", words)
     assert (config.g_widths, config.ema_warmup, config.lr_g, config.data, config.dry_run) == ((3, 4), False, 1e-3, "my data", True)
-    assert train.parse("gan", fit.flags("gan", config)) == config
-    assert fit.flags("gan", PRESETS["gan"].config) == []
+    assert train.parse("gan", presets.flags("gan", config)) == config
+    assert presets.flags("gan", PRESETS["gan"].config) == []
 
 
 # --- gankern, sample, presets
@@ -502,7 +502,7 @@ def test_gankern_itself(capsys: Capture) -> None:
     assert all(name in listed for name in PRESETS)
     assert train_main(["--help"]) == 0
     assert "gan " in capsys.readouterr().out
-    names = "train, sample, evaluate, export, presets, explain, doctor, reproduce or bench"
+    names = "train, sample, evaluate, export, presets, report, watch, explain, doctor, reproduce or bench"
     assert f"command must be {names}, got 'fly'" in refused(capsys, main(["fly"]), "gankern")
 
 

@@ -17,7 +17,7 @@ LAYERS = (
     {"nn", "losses", "regularizers"},
     {"models"},
     {"training"},
-    {"reproduce"},
+    {"reproduce", "report"},
     {"cli", "__main__"},
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

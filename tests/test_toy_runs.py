@@ -15,6 +15,7 @@ from gankern.cli import fit
 from gankern.cli.main import main, train_main
 from gankern.data import load
 from gankern.data.toys import COUNT
+from gankern.training import PRESETS
 from gankern.training.plane import HEIGHT, WIDTH
 from gankern.training.run_dir import RunDir
 from tests.test_toys import people
@@ -47,7 +48,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_on_points_writes_pictures_film_and_modes(run: Path) -> None:
     shown = {"fakes_init.png", "fakes000002.png", "fakes000004.png", "fakes000006.png", "fakes000007.png", "reals.png"}
-    others = {"config.json", "log.jsonl", "modes.jsonl", "losses.png", "training.gif", "checkpoint-000007.safetensors", ".lock"}
+    others = {"config.json", "log.jsonl", "modes.jsonl", "losses.png", "report.html", "training.gif"}
+    others |= {"checkpoint-000007.safetensors", ".lock"}
     found = {p.name for p in run.iterdir() if p.is_file() and "tfevents" not in p.name}
     assert found == shown | others
     for name in shown:
@@ -65,9 +67,9 @@ def test_run_on_points_writes_pictures_film_and_modes(run: Path) -> None:
 
 
 def test_the_generator_of_points_is_unbounded(run: Path) -> None:
-    generator, _ = fit.PRESETS["gan"].build(RunDir(run).config, (2,))
+    generator, _ = PRESETS["gan"].build(RunDir(run).config, (2,))
     assert not any(isinstance(m, nn.Tanh) for m in generator.modules())
-    generator, _ = fit.PRESETS["gan"].build(RunDir(run).config, (1, 6, 6))
+    generator, _ = PRESETS["gan"].build(RunDir(run).config, (1, 6, 6))
     assert any(isinstance(m, nn.Tanh) for m in generator.modules())
 
 

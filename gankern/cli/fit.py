@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
@@ -16,14 +17,18 @@ import torch
 from torch import Tensor
 
 from gankern import data
+from gankern.cli import report
 from gankern.cli.boards import Boards
 from gankern.cli.explain import Reader
+from gankern.cli.health import Health, LastGood
 from gankern.cli.measure import Measure
 from gankern.cli.progress import Progress
 from gankern.models import sample_latent
-from gankern.training import PRESETS, TrainConfig, Trainer, pictures
+from gankern.training import TrainConfig, Trainer, pictures
 from gankern.training.graph import Eager, Pending
-from gankern.training.run_dir import MODES, RunDir
+from gankern.training.health import Sign
+from gankern.training.presets import flags
+from gankern.training.run_dir import HEALTH, MODES, RunDir
 from gankern.training.views import coverage_of, view_of
 
 # The group of each column of log.jsonl on a board; the other columns are those of techniques.
@@ -76,7 +81,7 @@ class Stop:
 
 def watchers(ready: Ready) -> list[Watcher]:
     """Those that the settings ask for."""
-    return [Measure(ready)] if ready.config.metrics else []
+    return [Health(ready), *([Measure(ready)] if ready.config.metrics else [])]
 
 
 def fit(preset: str, ready: Ready) -> int:
@@ -85,6 +90,7 @@ def fit(preset: str, ready: Ready) -> int:
     reporter, looking, ended = Reporter(ready), [w for w in watchers(ready) if w.every], ""
     periods = [every for every in (config.log_every, config.sample_every, config.checkpoint_every) if every]
     periods += [watcher.every for watcher in looking]
+    good = LastGood(ready)
     with Stop() as stop, reporter:
         if trainer.steps_done == 0:
             reporter.begin()
@@ -95,35 +101,50 @@ def fit(preset: str, ready: Ready) -> int:
             step, last = trainer.steps_done, trainer.steps_done == config.steps
             if last or step % config.log_every == 0:
                 reporter.log()
-            for watcher in looking:
-                if last or step % watcher.every == 0:
-                    ended = ended or watcher.look(reporter)
-            last = last or bool(ended)
-            saving = not last and bool(reporter.best or (config.checkpoint_every and step % config.checkpoint_every == 0))
+            looks = [watcher for watcher in looking if last or step % watcher.every == 0]
+            saving = bool(config.checkpoint_every and step % config.checkpoint_every == 0)
             drawing = last or bool(config.sample_every and step % config.sample_every == 0)
-            if (saving or drawing) and reporter.settle():
-                break  # never saved: the last checkpoint stays good
-            if drawing:
+            if (looks or saving or drawing) and not reporter.settle():  # what is not finite is neither looked at nor saved
+                reporter.bad = good.keep(reporter.seconds_now())
+            for watcher in looks:
+                ended = ended or ("" if reporter.bad else watcher.look(reporter))
+            if reporter.bad:
+                good.back(reporter)
+                continue
+            last = last or bool(ended)
+            if last or drawing:
                 reporter.sample(f"fakes{step:06d}.png")
-            if saving:
+            if not last and (saving or reporter.best):
                 reporter.save()
+        if not reporter.bad and reporter.settle():
+            good.back(reporter)
         reporter.film()
-        if reporter.settle():
+        if reporter.bad:
             print(f"gankern-train: training diverged: {reporter.bad}; the log stops before it", file=sys.stderr)
             return 1
         reporter.save()
     for sentence in reporter.closing.values():
         print(sentence)
     if ended:
-        print(f"ended after step {trainer.steps_done}, all saved: {ended}")
+        print(f"ended after step {trainer.steps_done}, all saved: {ended}{_page(ready)}")
         return 0
     if trainer.steps_done < config.steps:
         print(f"stopped after step {trainer.steps_done}, all saved; to resume: {to_resume(preset, ready)}")
         return 128 + stop.signal
     losses = f": {Reader(config).losses(reporter.last)}" if reporter.last else ""
     where = f"samples: {run.path / f'fakes{config.steps:06d}.png'}; more: gankern sample {run.path}"
-    print(f"finished {config.steps} steps{losses}; {where}")
+    print(f"finished {config.steps} steps{losses}; {where}{_page(ready)}")
     return 0
+
+
+def _page(ready: Ready) -> str:
+    """Write report.html; returns where it is, in words. What goes wrong with it is no fault of the training."""
+    if not ready.config.report:
+        return ""
+    try:
+        return f"; page: {report.write([ready.run.path], dataset=ready.dataset)}"
+    except (OSError, ValueError) as error:
+        return f"; no page: {error}"
 
 
 def next_multiple(step: int, every: int) -> int:
@@ -152,6 +173,7 @@ class Reporter:
         self.closing: dict[str, str] = {}  # what watchers have to say at the end
         self.best: tuple[str, dict[str, float]] | None = None  # metric and row that make this step the best, to be saved
         self.bad = ""  # what was not finite, and at which step
+        self.recent = deque[dict[str, float]](maxlen=256)  # rows of log.jsonl
         self.mark = time.perf_counter()
 
     def __enter__(self) -> Reporter:
@@ -206,6 +228,7 @@ class Reporter:
         row = {"step": step, "time_s": round(self.seconds, 3), "images_per_s": round(rate, 1), **values}
         self.run.log(row)
         self.last = row
+        self.recent.append(row)
         for name, value in values.items():
             self.board.add_scalar(f"{TAGS.get(name, 'techniques')}/{name}", value, step)
         self.board.add_scalar("speed/images_per_s", row["images_per_s"], step)
@@ -234,6 +257,21 @@ class Reporter:
         if frames and self.dataset.kind != "images":
             pictures.animate(self.run.path / "training.gif", frames)
 
+    def warn(self, step: int, sign: Sign) -> None:
+        """A row of health.jsonl, a text on the boards, a line."""
+        self.run.log({"step": step, "kind": sign.kind, "saw": sign.saw, "try": sign.advice}, HEALTH)
+        self.board.add_text(f"health/{sign.kind}", f"{sign.saw}; try {sign.advice}", step)
+        print(f"step {step}: {sign.saw}; try {sign.advice}", flush=True)
+
+    def rewind(self, step: int, seconds: float) -> None:
+        """Forget all that was written after `step`, where the trainer stands again."""
+        self.run.rewind(step)
+        self.board.rewind(step)
+        self.engine.losses.forget()
+        self.pending, self.bad, self.best = [], "", None
+        self.recent = deque((row for row in self.recent if row["step"] <= step), self.recent.maxlen)
+        self.logged_step, self.seconds, self.mark = step, seconds, time.perf_counter()
+
     def save(self) -> None:
         """losses.png, and a checkpoint of the present step, unless it is there already: the last file, as a finished run stays as
         it is."""
@@ -253,16 +291,3 @@ class Reporter:
 def to_resume(preset: str, ready: Ready) -> str:
     """The command that continues the run."""
     return shlex.join(["gankern-train", preset, *flags(preset, dataclasses.replace(ready.config, resume=str(ready.run.path)))])
-
-
-def flags(preset: str, config: TrainConfig) -> list[str]:
-    """The flags that give `config`, for those fields in which it differs from the preset."""
-    words = []
-    for name, value in dataclasses.asdict(config).items():
-        if value != getattr(PRESETS[preset].config, name):
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-            else:
-                words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return words

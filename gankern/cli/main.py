@@ -15,6 +15,8 @@ commands:
   evaluate RUN ...   metrics of a run's samples, or of a folder or file, beside real samples
   export RUN ...     the generator alone in one file: safetensors, a torch.export program, or ONNX
   presets            list the presets
+  report RUN ...     write one page about a run: samples over time, curves, settings; several runs are compared
+  watch RUN          serve that page while the run trains
   explain LOSS       what an objective minimises, the values to expect in the log, signs of failure; without LOSS all are listed
   doctor             versions, devices, what is built, and what each op runs on
   reproduce TABLE    run a published table again, with a verdict
@@ -42,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "evaluate": _evaluate,
         "export": _export,
         "presets": _presets,
+        "report": _report,
+        "watch": _watch,
         "explain": _explain,
         "doctor": _doctor,
         "bench": _bench,
@@ -69,10 +73,8 @@ def _call(prog: str, command: Callable[..., int], *arguments: object) -> int:
 
 
 def _no_command(name: str) -> int:
-    raise Refused(
-        "command must be train, sample, evaluate, export, presets, explain, "
-        f"doctor, reproduce or bench, got {name!r} (see gankern --help)"
-    )
+    known = "train, sample, evaluate, export, presets, report, watch, explain, doctor, reproduce or bench"
+    raise Refused(f"command must be {known}, got {name!r} (see gankern --help)")
 
 
 def _train(arguments: list[str]) -> int:
@@ -103,6 +105,18 @@ def _presets(arguments: list[str]) -> int:
     from gankern.cli import train
 
     return train.list_presets(arguments)
+
+
+def _report(arguments: list[str]) -> int:
+    from gankern.cli import report
+
+    return report.command(arguments)
+
+
+def _watch(arguments: list[str]) -> int:
+    from gankern.cli import watch
+
+    return watch.command(arguments)
 
 
 def _explain(arguments: list[str]) -> int:

@@ -28,8 +28,6 @@ class Measure:
         the looks took then, are no part of it."""
         step, trained, share = reporter.trainer.steps_done, reporter.seconds_now() - self.before, self.config.metric_budget
         last = step == self.config.steps
-        if reporter.settle():
-            return ""
         if share and self.looks and not last and self.spent + self.latest > share * trained:
             if not self.skipped:
                 print(f"step {step}: no metrics here, nor wherever else they would take over {share:.0%} of the training time")
@@ -61,7 +59,7 @@ class Measure:
         """
         name, patience = self.config.keep_best, self.config.stop_after
         rank, saved = METRICS[name].rank, dict(self.run.checkpoints())
-        earlier = [r for r in self.run.rows(metric_log(name)) if r["step"] < step]
+        earlier = [r for r in self.run.rows(metric_log(name)) if r["step"] < step and isinstance(r.get("value"), (int, float))]
         self.best = min((r for r in earlier if r["step"] in saved), key=rank, default=None)
         if self.best is not None:
             self.run.mark_best(name, self.best)

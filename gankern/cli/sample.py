@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 from gankern.cli.common import Parser, Refused, need, pick_device, refusing
-from gankern.cli.train import load_data
 from gankern.data import Table
 from gankern.training import pictures
-from gankern.training.trained import Trained
+from gankern.training.trained import Trained, load_data
 from gankern.training.views import coverage_of, view_of
 
 

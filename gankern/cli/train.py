@@ -25,6 +25,7 @@ from gankern.training.combinations import idle
 from gankern.training.graph import make
 from gankern.training.networks import CONDITIONAL
 from gankern.training.run_dir import RunDir
+from gankern.training.trained import load_data
 
 
 def command(arguments: list[str]) -> int:
@@ -156,12 +157,6 @@ def prepare(preset: str, config: TrainConfig, held: contextlib.ExitStack) -> Rea
             print(f"note: bfloat16 products take {cost:.1f} times as long as float32 ones on this CPU; --precision fp32 is faster")
     seconds = max((row.get("time_s", 0.0) for row in run.rows()), default=0.0)
     return Ready(config, trainer, batches, dataset, classes, run, seconds, engine)
-
-
-def load_data(config: TrainConfig) -> data.Dataset:
-    """The data of a run."""
-    size, channels, limit = (value or None for value in (config.size, config.channels, config.limit))
-    return data.load(config.data, size=size, channels=channels, limit=limit, seed=config.seed)
 
 
 def count_classes(config: TrainConfig, dataset: data.Dataset, run: RunDir | None) -> int:

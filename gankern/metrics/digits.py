@@ -105,7 +105,8 @@ def load_digit_classifier(device: torch.device | str = "cpu") -> DigitClassifier
         raise RuntimeError(
             'load_digit_classifier: safetensors must be installed, got none (pip install "gankern[train]")'
         ) from None
-    net = DigitClassifier()
+    with torch.random.fork_rng([]):  # its first weights are drawn, and of no use
+        net = DigitClassifier()
     net.load_state_dict(load_file(WEIGHTS))
     return net.requires_grad_(False).eval().to(device)
 

@@ -26,7 +26,17 @@ MOST, MOST_LAYERS = 2**62, 1000
 # What a resumed run may set anew: none of these changes a weight, and steps only says where to stop.
 MAY_CHANGE = frozenset(
     {"outdir", "steps", "device", "engine", "log_every", "sample_every", "checkpoint_every", "keep", "track", "resume", "dry_run"}
-    | {"metrics", "metric_every", "metric_samples", "metric_budget", "keep_best", "stop_after"}
+    | {
+        "health_every",
+        "rollbacks",
+        "report",
+        "metrics",
+        "metric_every",
+        "metric_samples",
+        "metric_budget",
+        "keep_best",
+        "stop_after",
+    }
 )
 
 
@@ -65,6 +75,12 @@ class TrainConfig:
     """Steps between lines of log.jsonl."""
     log_gradients: bool = False
     """Write the norms of both networks' gradients into log.jsonl too."""
+    health_every: int = 500
+    """Steps between looks at the run's health: a critic too strong, a generator that stands still, a vanishing gradient, mode
+    collapse and oscillation are told, each with what to try. 0: none."""
+    rollbacks: int = 3
+    """Times that a run whose losses are not finite any more goes back to the state of its last look, picture or checkpoint, and on
+    with other noise, before it stops. 0: it stops at once."""
     keep: int = 2
     """Newest checkpoints kept. 0: all."""
     track: Literal["tensorboard", "wandb", "both", "none"] = "tensorboard"
@@ -75,6 +91,8 @@ class TrainConfig:
     dry_run: bool = False
     """Print settings, models, device and backends, then stop. Writes nothing."""
 
+    report: bool = True
+    """Write report.html when the run has ended: samples over time, curves, settings; also by gankern report."""
     metrics: str = ""
     """Metrics to take of samples (of the averaged weights with --ema) while training, such as fid,kid,1nn: of fid, kid, 1nn, prdc,
     wasserstein; modes (mixtures, digits); is, mode-score (mnist). Images are seen through the bundled digit classifier."""
@@ -251,6 +269,8 @@ class TrainConfig:
             "d_conv_width",
             "checkpoint_every",
             "sample_every",
+            "health_every",
+            "rollbacks",
             "keep",
             "metric_every",
             "metric_budget",

@@ -306,6 +306,11 @@ class Losses:
             bad = torch.where(self.ring[: self.filled].isfinite().all(1), NEVER, steps).min()
             torch.minimum(self.first_bad, bad, out=self.first_bad)
 
+    def forget(self) -> None:
+        """All steps so far, and that one of them was bad."""
+        self.first_bad.fill_(NEVER)
+        self.start, self.filled = -1, 0
+
     def request(self) -> Pending:
         """Start the copy to the host of what is there now."""
         self._look()

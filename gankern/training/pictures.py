@@ -80,7 +80,7 @@ def plot_losses(path: Path, rows: list[dict[str, float]], title: str, scores: Se
     for axes, key, label, colour in curves:
         values = [row[key] for row in rows]
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, _smooth(values, window), ".-" if len(rows) == 1 else "-", color=colour, linewidth=1.8, label=label)
+        axes.plot(steps, smooth(values, window), ".-" if len(rows) == 1 else "-", color=colour, linewidth=1.8, label=label)
     if scores and scores[0] == "D(x)":
         bottom.axhline(0.5, color="0.6", linewidth=0.8, linestyle="--")
         bottom.set_ylim(0.0, 1.0)
@@ -94,7 +94,7 @@ def plot_losses(path: Path, rows: list[dict[str, float]], title: str, scores: Se
     save_png(path, to_picture(figure))
 
 
-def _smooth(values: list[float], window: int) -> list[float]:
+def smooth(values: list[float], window: int) -> list[float]:
     """Running mean of the last `window` values."""
     sums = [0.0]
     for value in values:

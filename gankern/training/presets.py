@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 from gankern.training.config import TrainConfig
@@ -251,3 +252,16 @@ PRESETS = {
         ),
     ),
 }  # fmt: skip
+
+
+def flags(preset: str, config: TrainConfig) -> list[str]:
+    """The flags that give `config`, for those fields in which it differs from the preset."""
+    words = []
+    for name, value in dataclasses.asdict(config).items():
+        if value != getattr(PRESETS[preset].config, name):
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words

@@ -1,8 +1,9 @@
 """RunDir: the directory of one training run, `00000-gan-mnist-b64`, and all that is read from and written to it.
 
 config.json (preset, settings, versions), log.jsonl, reals.png, fakes_init.png, fakes%06d.png, losses.png,
-checkpoint-%06d.safetensors, TensorBoard event files; of points and tables training.gif, of mixtures modes.jsonl too. With --metrics
-metric-NAME.jsonl; with --keep-best `best`, a link to the best checkpoint, and best.json (metric, step, value).
+checkpoint-%06d.safetensors, TensorBoard event files, vitals.jsonl (the numbers of each look at the run's health), health.jsonl (the
+signs of trouble), report.html; of points and tables training.gif, of mixtures modes.jsonl too. With --metrics metric-NAME.jsonl;
+with --keep-best `best`, a link to the best checkpoint, and best.json (metric, step, value).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from gankern.training.files import TEMPORARY, locked, named, replacing, sync
 
 OP = "run"
 CONFIG, LOG, MODES, BEST = "config.json", "log.jsonl", "modes.jsonl", "best"
+HEALTH, VITALS = "health.jsonl", "vitals.jsonl"
 _RUN = re.compile(r"(\d{5,})-")
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})\.safetensors")
 _FAKES = re.compile(r"fakes(_init|\d{6,})\.png")
@@ -108,7 +110,7 @@ class RunDir:
             ValueError: another process holds it; or a symbolic link is there: what is written under its name would go elsewhere.
         """
         for path in self.path.iterdir():
-            if path.is_symlink():
+            if path.is_symlink() and path.name.removeprefix(TEMPORARY) != BEST:  # through which nothing is written
                 checks.fail(ValueError, OP, str(self.path), "hold no symbolic link when it is continued", path.name)
         return locked(self.path, OP)
 
@@ -148,11 +150,11 @@ class RunDir:
 
     # --- log
 
-    def log(self, row: dict[str, float], name: str = LOG) -> None:
+    def log(self, row: dict[str, Any], name: str = LOG) -> None:
         with named(self.path / name), (self.path / name).open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
-    def rows(self, name: str = LOG) -> list[dict[str, float]]:
+    def rows(self, name: str = LOG) -> list[dict[str, Any]]:
         """The rows of log.jsonl, or of another log; what a crash left unreadable is left out."""
         path = self.path / name
         rows = []

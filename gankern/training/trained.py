@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gankern import checks
+from gankern import checks, data
 from gankern.models import sample_latent
 from gankern.training import checkpoint, run_dir
 from gankern.training.config import TrainConfig
@@ -19,6 +19,16 @@ from gankern.training.presets import PRESETS
 from gankern.training.trainer import check_entries, generate
 
 OP = "run"
+
+
+def load_data(config: TrainConfig) -> data.Dataset:
+    """The data of a run.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, OSError: see `gankern.data.load`.
+    """
+    size, channels, limit = (value or None for value in (config.size, config.channels, config.limit))
+    return data.load(config.data, size=size, channels=channels, limit=limit, seed=config.seed)
 
 
 class Trained:
@@ -30,6 +40,7 @@ class Trained:
 
     Attributes:
         run: the run directory.
+        path: the checkpoint.
         step: of the checkpoint.
         source: "ema" or "generator", whose weights they are.
         generator: z [B, z_dim] (and classes [B]) -> samples [B, *run.shape].
@@ -49,10 +60,10 @@ class Trained:
             checks.fail(ValueError, OP, "weights", f"be auto or last: {self.run.path} was trained without EMA", repr(weights))
         self.source = "ema" if weights != "last" and config.ema > 0.0 else "generator"
         head = f"{self.source}."
-        saved, state, damaged = checkpoint.load_newest(found, (head,))
+        self.path, state, damaged = checkpoint.load_newest(found, (head,))
         for sentence in damaged:
-            warnings.warn(f"{sentence}; {saved} is used", stacklevel=2)
-        self.step = run_dir.step_of(saved)
+            warnings.warn(f"{sentence}; {self.path} is used", stacklevel=2)
+        self.step = run_dir.step_of(self.path)
         weights_of = {key.removeprefix(head): value for key, value in state.items() if key.startswith(head)}
         self.generator = build(config, self.run.shape, self.run.classes, weights_of)
 
