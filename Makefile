@@ -1,6 +1,7 @@
 # make train  set-up and the main job: the MLP GAN on MNIST      make train ARGS="--steps 50" passes flags
 # make test   set-up and all tests                                make test ARGS="-k philox"
-# make test-long   the tests that take long: 50 kills of a run, one at each file operation
+# make test-long   the tests that take long: 50 kills of a run, one at each file operation; 2 000 random calls of each op
+# make sanitize    the C++ ops under AddressSanitizer and UBSan
 # make build | lint | bench | reproduce | gpu | clean
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
 
-.PHONY: train test test-long build lint format bench reproduce gpu clean
+.PHONY: train test test-long sanitize build lint format bench reproduce gpu clean
 .DEFAULT_GOAL := build
 
 # One stamp for each step, so that a second make does nothing; a change of TORCH, TRITON or PYTHON makes the first one anew.
@@ -55,6 +56,16 @@ test: build $(STAMPS)/dev
 
 test-long: override ARGS := -m long $(ARGS)
 test-long: test
+
+# A package of its own with instrumented C++, and random calls of every op on it, good and bad.
+SANITIZERS := -fsanitize=address,undefined
+SANITIZED := build/sanitized
+sanitize: $(STAMPS)/dev
+	GANKERN_BUILD=require LDFLAGS="$(SANITIZERS)" GANKERN_CXXFLAGS="-O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=all $(SANITIZERS)" \
+	$(BIN)/python setup.py -q build --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/tmp
+	LD_PRELOAD="$$(for name in asan ubsan stdc++; do $${CXX:-g++} -print-file-name=lib$$name.so; done | xargs)" ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 GANKERN_SANITIZED=1 GANKERN_REQUIRE=compiled PYTHONPATH=$(SANITIZED)/lib \
+	$(BIN)/pytest --import-mode=append -o pythonpath=$(SANITIZED)/lib -q --capture=no tests/test_ops_properties.py tests/test_ops_processes.py -k "not triton and not 32_bits" $(ARGS)
 
 lint: build $(STAMPS)/dev
 	$(BIN)/ruff check .

@@ -128,7 +128,6 @@ class Build(build_ext):
         include, lib = torch_paths()
         archs = ";".join(cuda_archs()) if torch.version.cuda is not None and nvcc() is not None else ""
         (extension,) = self.extensions
-        extension.include_dirs += [pybind11.get_include()]
         extension.library_dirs += [str(lib)]
         extension.libraries += ["torch", "torch_cpu", "c10"]
         extension.extra_compile_args += [
@@ -136,6 +135,9 @@ class Build(build_ext):
             "-std=c++17",
             "-Wall",
             "-Wextra",
+            "-Wconversion",  # an index of 64 bits that lands in 32
+            "-Wno-sign-conversion",
+            "-Wno-float-conversion",
             "-Werror",
             "-fno-math-errno",
             "-fno-trapping-math",
@@ -143,7 +145,7 @@ class Build(build_ext):
         ]
         # Python's own flags bring -fwrapv, which keeps gcc from vectorising the loss (4 times slower)
         extension.extra_compile_args += ["-fno-wrapv"]
-        extension.extra_compile_args += ["-isystem", str(include), "-fvisibility=hidden", "-g0"]
+        extension.extra_compile_args += ["-isystem", str(include), "-isystem", pybind11.get_include(), "-fvisibility=hidden", "-g0"]
         extension.define_macros += [("GK_BUILT_WITH_TORCH", f'"{torch.__version__}"'), ("GK_CUDA_ARCH_LIST", f'"{archs}"')]
         extension.extra_compile_args += os.environ.get("GANKERN_CXXFLAGS", "").split()
 

@@ -10,10 +10,10 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results}
 
-# Seconds a step may take; in all 555. TOTAL cuts the last steps should the others have used up theirs.
-TOTAL=560
+# Seconds a step may take; in all 570. TOTAL cuts the last steps should the others have used up theirs.
+TOTAL=575
 declare -A LIMIT=([build]=85 [doctor]=15 [tests]=130 [train]=20 [command]=20 [train_step]=125 [gan_loss]=25 [linear_lrelu]=30
-                  [mlp_critic]=30 [other_ops]=40 [memcheck]=20 [racecheck]=15)
+                  [mlp_critic]=30 [other_ops]=40 [memcheck]=20 [racecheck]=15 [initcheck]=15)
 
 unset GANKERN_BACKEND TRITON_INTERPRET PYTEST_ADDOPTS
 export PYTHONPATH=. GANKERN_TEST_DEVICE=cuda GANKERN_REQUIRE=compiled,triton PYTHONUNBUFFERED=1
@@ -120,9 +120,11 @@ if command -v compute-sanitizer >/dev/null; then
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   step memcheck compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 "$PYTHON" -m bench.gpu_smoke kernels ops
   step racecheck compute-sanitizer --tool racecheck --racecheck-report analysis --error-exitcode 1 "$PYTHON" -m bench.gpu_smoke kernels
+  step initcheck compute-sanitizer --tool initcheck --error-exitcode 1 "$PYTHON" -m bench.gpu_smoke kernels
 else
   note memcheck "skipped (not installed)" 0
   note racecheck "skipped (not installed)" 0
+  note initcheck "skipped (not installed)" 0
 fi
 
 shopt -s nullglob

@@ -157,8 +157,8 @@ Tensor bias_lrelu(const Tensor& x, const std::optional<Tensor>& bias, double slo
   if (bias.has_value()) check_bias(kAct, *bias, x);
   Tensor y = torch::stable::empty_like(x);
   const int64_t total = m.elements();
-  if (total == 0) return y;
   dispatch_floating(kAct, x.scalar_type(), [&](auto zero) {
+    if (total == 0) return;
     using T = decltype(zero);
     const T* in = data<T>(x);
     T* out = mutable_data<T>(y);

@@ -341,7 +341,7 @@ std::vector<double> matrix_sums(const Inputs<T>& in, const Shape& s, const Norma
   const int64_t w = s.width;
   std::vector<A> partial(static_cast<size_t>(s.chunks * K * w));
   s.for_chunks([&](int64_t row, int64_t whole, int64_t rest) {
-    A strip[K * kStrip], *out = &partial[row / s.chunk * K * w];
+    A strip[K * kStrip], *out = partial.data() + row / s.chunk * K * w;
     const auto from = [&](int64_t at) { return Inputs<T>{in.x + at, in.dy == nullptr ? nullptr : in.dy + at, in.p == nullptr ? nullptr : in.p + at}; };
     for (int64_t first = 0; first < w; first += kStrip) {
       const int64_t n = std::min(kStrip, w - first);

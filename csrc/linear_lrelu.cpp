@@ -122,6 +122,7 @@ std::tuple<Tensor, Tensor> linear_lrelu_act(const Tensor& z, const std::optional
     });
     return {y, empty_on_cpu({0}, ScalarType::Byte)};
   }
+  check(p <= 1.0, kAct, "p", "be in [0, 1]");
   check(seed.has_value() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long, kAct, "seed", "be an int64 tensor of one element when p > 0");
   Tensor bits = empty_on_cpu({rows, bytes}, ScalarType::Byte);
   const uint64_t key = static_cast<uint64_t>(*data<int64_t>(*seed));

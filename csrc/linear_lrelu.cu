@@ -143,6 +143,7 @@ std::tuple<Tensor, Tensor> linear_lrelu_act(const Tensor& z, const std::optional
   }
   const bool dropout = p > 0.0;
   if (dropout) {
+    check(p <= 1.0, kAct, "p", "be in [0, 1]");
     check(seed.has_value() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long, kAct, "seed", "be an int64 tensor of one element when p > 0");
     check(seed->is_cuda() && seed->get_device_index() == z.get_device_index(), kAct, "seed", "be on the device of z");
   }

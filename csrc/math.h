@@ -15,9 +15,10 @@
 namespace gankern {
 
 // --- LeakyReLU ----------------------------------------------------------------------------------------------------------------
+// With slope 0 it is 0 at minus infinity too, where the product is NaN.
 template <typename T>
 GK_HD T lrelu(T z, T slope) {
-  return z > T(0) ? z : z * slope;
+  return z > T(0) ? z : slope == T(0) && z < T(0) ? T(0) : z * slope;
 }
 
 // Derivative of LeakyReLU, read off the sign of its output (or of its input: slope >= 0 keeps the sign).

@@ -172,7 +172,7 @@ void check_rows(const char* op, const Tensor& part, const Tensor& whole, int64_t
   check_contiguous(op, "the first tensor", part);
   check_like(op, "the second tensor", whole, part);
   check(part.dim() == 2 && whole.dim() == 2 && part.size(1) == whole.size(1), op, "the tensors", "be matrices of as many columns");
-  check(first >= 0 && first + part.size(0) <= whole.size(0), op, "first", "leave the rows inside the second tensor");
+  check(first >= 0 && first <= whole.size(0) - part.size(0), op, "first", "leave the rows inside the second tensor");
 }
 
 Tensor mlp_critic_adjoint(Tensor d, const Tensor& y, const Tensor& bits, double slope, double p, int64_t bias_rows, const std::optional<Tensor>& factor) {
@@ -436,7 +436,7 @@ std::vector<Tensor> mlp_critic_pass(const Maybe& real, const Maybe& fake, const 
   const int64_t n_real = real.has_value() ? real->size(0) : 0, n_fake = judge ? fake->size(0) : 0, judged = n_real + n_fake;
   const int64_t rows = judged + (eps.has_value() ? n_real : x_hat.has_value() ? x_hat->size(0) : 0);
   const bool inside = penalise && first < judged;
-  check(first >= 0 && count >= 0 && first + count <= rows, kPass, "first and count", "be rows of the batch");
+  check(first >= 0 && count >= 0 && first <= rows - count, kPass, "first and count", "be rows of the batch");
   check(rows == judged || (penalise && first == judged && count == rows - judged), kPass, "first and count", "be the rows of x_hat or eps");
 
   // [real; fake; x̂], where x̂ between real and fake need not be known: only what the first layer makes of them

@@ -176,7 +176,7 @@ void check_rows(const char* op, const Tensor& part, const Tensor& whole, std::in
   check_contiguous(op, "the first tensor", part);
   check_like(op, "the second tensor", whole, part);
   check(part.dim() == 2 && whole.dim() == 2 && part.size(1) == whole.size(1), op, "the tensors", "be matrices of as many columns");
-  check(first >= 0 && first + part.size(0) <= whole.size(0), op, "first", "leave the rows inside the second tensor");
+  check(first >= 0 && first <= whole.size(0) - part.size(0), op, "first", "leave the rows inside the second tensor");
 }
 
 Tensor mlp_critic_adjoint(Tensor d, const Tensor& y, const Tensor& bits, double slope, double p, std::int64_t bias_rows,

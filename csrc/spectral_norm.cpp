@@ -274,6 +274,7 @@ std::tuple<std::vector<Tensor>, Tensor> spectral_norm(std::vector<Tensor> weight
                                                       int64_t iterations, double eps) {
   const size_t n = weights.size();
   check(n > 0 && us.size() == n && vs.size() == n && dims.size() == n, kForward, "weights, u, v and dims", "be lists of one length, not empty");
+  check(iterations >= 0, kForward, "iterations", "be >= 0");
   std::vector<Shape> shapes;
   int64_t states = 0, sums = 0;
   for (size_t i = 0; i < n; ++i) {
@@ -368,7 +369,7 @@ std::vector<Tensor> spectral_norm_grad(std::vector<Tensor> grads, std::vector<Te
     const Shape s = shape_of(kGrad, weights[i], weights[0], dims[i]);
     check_like(kGrad, "each gradient", grads[i], weights[0]);
     check(grads[i].numel() == s.numel(), kGrad, "each gradient", "have the shape of its weight");
-    check(offsets[i] >= 0 && offsets[i] + s.rows + s.columns() < state.numel(), kGrad, "offsets", "lie within state");
+    check(offsets[i] >= 0 && offsets[i] < state.numel() - s.rows - s.columns(), kGrad, "offsets", "lie within state");
     shapes.push_back(s);
     first.push_back(count);
     const int64_t blocks = (s.numel() + kBlock - 1) / kBlock;

@@ -264,6 +264,7 @@ std::tuple<std::vector<Tensor>, Tensor> spectral_norm(std::vector<Tensor> weight
                                                       std::vector<std::int64_t> dims, std::int64_t iterations, double eps) {
   const std::size_t n = weights.size();
   check(n > 0 && us.size() == n && vs.size() == n && dims.size() == n, kForward, "weights, u, v and dims", "be lists of one length, not empty");
+  check(iterations >= 0, kForward, "iterations", "be >= 0");
   const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
   std::vector<Tensor> ys;
   std::optional<Tensor> state;
@@ -320,7 +321,7 @@ std::vector<Tensor> spectral_norm_grad(std::vector<Tensor> grads, std::vector<Te
       Weight<T> e = describe<T>(kGrad, weights[i], weights[0], dims[i]);
       check_like(kGrad, "each gradient", grads[i], weights[0]);
       check(grads[i].numel() == e.numel(), kGrad, "each gradient", "have the shape of its weight");
-      check(offsets[i] >= 0 && offsets[i] + e.rows + e.columns() < state.numel(), kGrad, "offsets", "lie within state");
+      check(offsets[i] >= 0 && offsets[i] < state.numel() - e.rows - e.columns(), kGrad, "offsets", "lie within state");
       out.push_back(torch::stable::empty_like(weights[i]));
       e.u = mutable_data<A>(state) + offsets[i], e.v = e.u + e.rows, e.g = data<T>(grads[i]), e.out = mutable_data<T>(out[i]);
       all.push_back(e);

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
@@ -23,6 +24,13 @@ def fail(kind: type[Exception], op: str, argument: str, expectation: str, got: o
 def tensor(op: str, argument: str, value: object) -> None:
     if not isinstance(value, Tensor):
         fail(TypeError, op, argument, "be a torch.Tensor", type(value).__name__)
+    if value.layout is not torch.strided or value.is_nested:
+        fail(TypeError, op, argument, "be a dense tensor", "a nested one" if value.is_nested else value.layout)
+
+
+def sequence(op: str, argument: str, value: object) -> None:
+    if not isinstance(value, (list, tuple)):
+        fail(TypeError, op, argument, "be a list or tuple", type(value).__name__)
 
 
 def floating(op: str, argument: str, value: Tensor) -> None:
@@ -54,7 +62,7 @@ def number(op: str, argument: str, value: float, low: float, high: float = math.
     """Refuse anything but a finite real number in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail(TypeError, op, argument, "be a number", type(value).__name__)
-    if not (low <= value <= high and abs(value) < math.inf):
+    if not (low <= value <= high and abs(value) <= sys.float_info.max):  # no isfinite: it cannot take an int beyond a float's range
         bounds = "" if low == -math.inf else f" >= {low:g}"
         wanted = f"be a finite number{bounds}" if high == math.inf else f"be in [{low:g}, {high:g}]"
         fail(ValueError, op, argument, wanted, value)
@@ -69,7 +77,11 @@ def integer(op: str, argument: str, value: int, low: int) -> None:
 
 def one_of(op: str, argument: str, value: object, allowed: Iterable[object]) -> None:
     allowed = list(allowed)
-    if value not in allowed:
+    try:
+        found = value in allowed
+    except (RuntimeError, ValueError):  # what compares element by element, and has no truth value
+        found = False
+    if not found:
         fail(ValueError, op, argument, f"be one of {', '.join(map(str, allowed))}", repr(value))
 
 

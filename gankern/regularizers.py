@@ -12,6 +12,7 @@ from torch.autograd import Function, forward_ad
 
 from gankern import backend, checks
 from gankern.nn.mlp_critic import plain_layers
+from gankern.ops._activation import leaky_relu
 from gankern.ops._function import apply
 from gankern.ops.gradient_norm_penalty import SIDES, gradient_norm_penalty
 from gankern.ops.interpolate import interpolate
@@ -284,7 +285,7 @@ def _gradients(form: _Form, x: Tensor, weights: list[Tensor], biases: list[Tenso
 
     def critic(h: Tensor) -> Tensor:
         for w, b, slope in zip(weights[:-1], biases[:-1], form.slopes, strict=True):
-            h = F.leaky_relu(F.linear(h, w, b), slope)
+            h = leaky_relu(F.linear(h, w, b), slope)
         return F.linear(h, weights[-1], biases[-1])
 
     value = gradient_norm_penalty(_input_gradient(critic, x, ()), form.target, form.sided, form.weight).value

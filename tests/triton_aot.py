@@ -3,7 +3,8 @@
 The real launchers are called, on CPU tensors, with a driver that names an architecture instead of a device: Triton then
 specialises and compiles as it would before a launch, and nothing is launched. So what is compiled is what a GPU would run.
 sm_90 gets every case, other architectures one case of each kernel and of each kind of product, which fills their shared memory.
-Prints a JSON list of all kernels, then an object for each compiled one: kernel, case, sm, reg, stack, local, shared (bytes).
+Prints a JSON list of all kernels, then an object for each compiled one: kernel, case, sm, reg, stack, local, shared (bytes), narrow
+(lines of its IR that `narrow` finds).
 Not to be run under TRITON_INTERPRET=1, which replaces the compiler.
 """
 
@@ -215,6 +216,26 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {key.lower(): int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
 
 
+def narrow(ttir: str) -> list[str]:
+    """Lines of a kernel's IR at which an i32 product of two numbers that are no constants (a row times a width) moves a pointer, or
+    becomes 64 bits wide: too late, beyond 2^31 elements. A column alone may have 32 bits."""
+    made = {m[1]: (m[2], re.findall(r"%[\w#]+", m[3])) for m in re.finditer(r"^\s*(%\w+) = ([\w.]+)(.*)", ttir, re.M)}
+    spread = ("tt.splat", "tt.expand_dims", "tt.broadcast")
+
+    def constant(name: str) -> bool:
+        op, operands = made.get(name, ("", []))
+        return op == "arith.constant" or (op in spread and all(map(constant, operands)))
+
+    def product(name: str) -> bool:
+        op, operands = made.get(name, ("", []))
+        if op == "arith.muli" and not any(map(constant, operands)):
+            return True
+        return op in (*spread, "arith.addi", "arith.muli") and any(map(product, operands))
+
+    used = r"^.*(?:tt\.addptr %[\w#]+, (%[\w#]+) : .*, \S*i32>?|arith\.extsi (%[\w#]+) : \S*i32.*)(?: |$).*$"
+    return [m[0].strip() for m in re.finditer(used, ttir, re.M) if product(m[1] or m[2])]
+
+
 def main(architectures: list[int]) -> None:
     names = {kernel: name for name, kernel in kernels().items()}
     compiled: list[tuple[str, Any]] = []
@@ -240,6 +261,7 @@ def main(architectures: list[int]) -> None:
                 launch()
                 for name, kernel in compiled:
                     row = {"kernel": name, "case": case, "sm": sm, **usage(kernel.asm["cubin"]), "shared": kernel.metadata.shared}
+                    row["narrow"] = narrow(kernel.asm["ttir"])
                     print(json.dumps(row), flush=True)
                 if sm != 90 and make is not products:
                     enough.update(name for name, _ in compiled)

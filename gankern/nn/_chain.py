@@ -26,6 +26,7 @@ from torch.nn.modules.module import _global_forward_pre_hooks as _ALL_FORWARD_PR
 from gankern import backend, checks
 from gankern.nn import batchnorm
 from gankern.nn.conv import conv_lrelu
+from gankern.ops._activation import leaky_relu
 from gankern.ops.bn_lrelu import bn_lrelu
 from gankern.ops.linear_lrelu import _choose as chosen
 from gankern.ops.linear_lrelu import _products as products
@@ -117,7 +118,7 @@ def parameter(layer: nn.Module, name: str) -> Any:
 def _linear(layer: nn.Module, x: Tensor, slope: float, p: float, training: bool) -> Tensor:
     weight, bias = parameter(layer, "weight"), parameter(layer, "bias")
     if training and p > 0 and x.is_cpu and backend.automatic() and chosen("cpu", p, products(x, weight)) == "reference":
-        return F.dropout(F.leaky_relu(F.linear(x, weight, bias), slope), p)  # what the op would do, without its checks
+        return F.dropout(leaky_relu(F.linear(x, weight, bias), slope), p)  # what the op would do, without its checks
     return linear_lrelu(x, weight, bias, slope, p, training)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gankern import checks
+from gankern.ops._activation import leaky_relu
 from gankern.ops._all_reduce import AllReduce, joined
 from gankern.ops._layout import accumulate
 from gankern.ops.bn_lrelu import bn_lrelu
@@ -112,7 +112,7 @@ class SyncBatchNormLeakyReLU(_LeakyReLU, nn.SyncBatchNorm):
         if group is None:
             return super().forward(input)
         if input.device.type != "cpu":
-            return F.leaky_relu(nn.SyncBatchNorm.forward(self, input), self.negative_slope)
+            return leaky_relu(nn.SyncBatchNorm.forward(self, input), self.negative_slope)
         self._check_input_dim(input)
         return self._synchronised(input, group)
 
@@ -138,7 +138,7 @@ class SyncBatchNormLeakyReLU(_LeakyReLU, nn.SyncBatchNorm):
                     average.lerp_(value.to(average.dtype), momentum)
         scale = torch.rsqrt(var + eps)
         z = c * (scale if weight is None else scale * weight).reshape(shape)
-        return F.leaky_relu(z if bias is None else z + bias.reshape(shape), self.negative_slope).to(x.dtype)
+        return leaky_relu(z if bias is None else z + bias.reshape(shape), self.negative_slope).to(x.dtype)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from gankern import backend, checks
+from gankern.ops._activation import leaky_relu, leaky_relu_
 from gankern.ops.bias_lrelu import OP, fused
 
-_leaky_relu_ = torch._C._nn.leaky_relu_
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
@@ -79,7 +79,7 @@ def conv_lrelu(layer: _ConvNd, input: Tensor, slope: float, output_size: list[in
     name = _choose(layer, input, weight)
     if name == "reference":
         z = _product(layer, input, weight, bias, output_size)
-        return F.leaky_relu(z, slope) if torch.compiler.is_compiling() else _leaky_relu_(z, slope)
+        return leaky_relu(z, slope) if torch.compiler.is_compiling() else leaky_relu_(z, slope)
     # In 16 bits oneDNN adds the bias before it rounds; cuDNN's convolution is rounded before PyTorch adds it.
     inside = input.is_cpu and _low_precision(weight)
     z = _product(layer, input, weight, bias if inside else None, output_size)

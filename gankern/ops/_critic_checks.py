@@ -20,9 +20,8 @@ def check_layers(op: str, argument: str, x: Any, weights: Any, biases: Any, slop
     checks.floating(op, argument, x)
     if x.dim() < 2:
         checks.fail(ValueError, op, argument, "have shape [B, *]", f"shape {list(x.shape)}")
-    for name, value in (("weights", weights), ("biases", biases)):
-        if not isinstance(value, (list, tuple)):
-            checks.fail(TypeError, op, name, "be a list or tuple", type(value).__name__)
+    checks.sequence(op, "weights", weights)
+    checks.sequence(op, "biases", biases)
     if not weights:
         checks.fail(ValueError, op, "weights", "hold at least one matrix", "none")
     if len(biases) != len(weights):

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gankern.ops import linear_lrelu as layer
+from gankern.ops._activation import leaky_relu_
 from gankern.ops._layout import accumulate
 from gankern.ops._objectives import Label
 from gankern.ops._philox import dropout_keep
@@ -205,7 +205,7 @@ def _mask(y: Tensor, keep: Tensor, slope: float, p: float) -> Tensor:
 
 
 def _plain_act(z: Tensor, bias: Tensor | None, slope: float, p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    y = F.leaky_relu_(z if bias is None else z + bias, slope)
+    y = leaky_relu_(z if bias is None else z + bias, slope)
     if p == 0.0:
         return y, z.new_empty(0, dtype=torch.uint8)
     assert seed is not None

@@ -17,22 +17,22 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from gankern import backend, checks
+from gankern.ops._activation import leaky_relu, leaky_relu_
 from gankern.ops._function import apply
 from gankern.ops._layout import is_channels_last
 
 OP = "bias_lrelu"
-_INFINITY, _leaky_relu, _leaky_relu_ = math.inf, torch._C._nn.leaky_relu, torch._C._nn.leaky_relu_
+_INFINITY = math.inf
 SMALL = 2**15  # elements, below which native calls are faster on the CPU; with gradients eight times as many
 
 
 def reference(x: Tensor, bias: Tensor | None = None, negative_slope: float = 0.2) -> Tensor:
     """The definition, in plain PyTorch."""
-    return F.leaky_relu(x if bias is None else x + _over_channels(bias, x), negative_slope)
+    return leaky_relu(x if bias is None else x + _over_channels(bias, x), negative_slope)
 
 
 def bias_lrelu(x: Tensor, bias: Tensor | None = None, negative_slope: float = 0.2) -> Tensor:
@@ -57,13 +57,19 @@ def bias_lrelu(x: Tensor, bias: Tensor | None = None, negative_slope: float = 0.
     """
     if backend.automatic() and getattr(x, "is_cpu", False):
         try:
-            plain = bias is None or (bias.dtype == x.dtype and bias.dim() == 1 and bias.size(0) == x.size(1))
-            if plain and x.dim() > 1 and type(negative_slope) in (float, int) and 0.0 <= negative_slope < _INFINITY:
+            plain = bias is None or (bias.is_cpu and bias.dtype == x.dtype and bias.dim() == 1 and bias.size(0) == x.size(1))
+            if (
+                plain
+                and x.dim() > 1
+                and x.dtype in checks.FLOATING
+                and type(negative_slope) in (float, int)
+                and 0.0 <= negative_slope < _INFINITY
+            ):
                 if _choose(x, bias) == "compiled":
                     return fused(x, bias, float(negative_slope), "compiled")
                 if bias is None:
-                    return _leaky_relu(x, negative_slope)
-                return _leaky_relu_(x + _over_channels(bias, x), negative_slope)
+                    return leaky_relu(x, negative_slope)
+                return leaky_relu_(x + _over_channels(bias, x), negative_slope)
         except Exception:
             pass  # bad input: below, the checks name it
     _check(x, bias, negative_slope)

@@ -31,11 +31,13 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gankern import backend, checks
+from gankern.ops._activation import leaky_relu
 from gankern.ops._function import apply
 from gankern.ops._layout import accumulate
 
 OP = "bn_lrelu"
-_INFINITY, _batch_norm, _leaky_relu, _cudnn = math.inf, torch.batch_norm, torch._C._nn.leaky_relu, torch._C._get_cudnn_enabled
+_INFINITY, _batch_norm, _cudnn = math.inf, torch.batch_norm, torch._C._get_cudnn_enabled
+_NUMBER = (float, int)
 SMALL = 2**16  # elements up to which PyTorch's own calls are the automatic choice on the CPU: see `_choose`
 
 
@@ -62,7 +64,7 @@ def reference(
         mean, var = running_mean.to(v.dtype), running_var.to(v.dtype)
     scale = torch.rsqrt(var + eps)
     z = (v - _column(mean, x)) * _column(scale if weight is None else scale * weight, x)
-    return F.leaky_relu(z if bias is None else z + _column(bias, x), negative_slope).to(x.dtype)
+    return leaky_relu(z if bias is None else z + _column(bias, x), negative_slope).to(x.dtype)
 
 
 def _statistics(v: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +138,15 @@ def bn_lrelu(
     if backend.automatic() and getattr(x, "is_cpu", False) and x.numel() <= SMALL:
         try:
             flat = (weight is None or weight.dim() == 1) and (bias is None or bias.dim() == 1)  # batch_norm takes others too
-            flat = flat and (running_mean is None or running_mean.dim() == 1) and (running_var is None or running_var.dim() == 1)
+            for average in (running_mean, running_var):
+                flat = flat and (average is None or (average.dim() == 1 and average.is_floating_point()))
+            flat = (
+                flat
+                and x.dtype in checks.FLOATING
+                and type(momentum) in _NUMBER
+                and type(eps) in _NUMBER
+                and type(negative_slope) in _NUMBER
+            )
             if flat and x.dim() >= 2 and x.numel() != x.size(1) and 0.0 <= negative_slope < _INFINITY and 0.0 <= eps < _INFINITY:
                 return _native(x, running_mean, running_var, weight, bias, training, momentum, eps, negative_slope)
         except Exception:
@@ -190,17 +200,19 @@ def _native(
 ) -> Tensor:
     """PyTorch's own two calls, kept from being wrong at the third derivative: see `_watch`."""
     if torch.compiler.is_compiling():
-        return F.leaky_relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), slope)
+        return leaky_relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), slope)
+    if x.numel() == 0:  # which PyTorch's own refuses without channels
+        return reference(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
     if weight is None and bias is not None:  # its double backward would lose the derivative of the gradient of bias
         return reference(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
     if not training:
-        return _leaky_relu(_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, _cudnn()), slope)
+        return leaky_relu(_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, _cudnn()), slope)
     if not x.is_cpu or torch._C._are_functorch_transforms_active():
         return reference(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
     z = _batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, False)
     if z.grad_fn is not None:
         z.grad_fn.register_hook(functools.partial(_watch, x, weight, bias, eps))
-    return _leaky_relu(z, slope)
+    return leaky_relu(z, slope)
 
 
 _Gradients = tuple[Tensor | None, ...]

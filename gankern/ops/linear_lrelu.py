@@ -25,11 +25,12 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gankern import backend, checks
+from gankern.ops._activation import leaky_relu, leaky_relu_
 from gankern.ops._function import apply
 from gankern.ops._philox import draw_seed, dropout_keep
 
 OP = "linear_lrelu"
-_INFINITY, _linear, _leaky_relu_ = math.inf, F.linear, torch._C._nn.leaky_relu_
+_INFINITY, _linear = math.inf, F.linear
 
 
 def reference(
@@ -41,7 +42,7 @@ def reference(
     seed: Tensor | None = None,
 ) -> Tensor:
     """The definition, in plain PyTorch. `seed` (int64 [1]) fixes the dropout mask and is needed when dropout > 0."""
-    y = F.leaky_relu(F.linear(x, weight, bias), negative_slope)
+    y = leaky_relu(F.linear(x, weight, bias), negative_slope)
     if dropout == 0.0:
         return y
     assert seed is not None
@@ -92,9 +93,17 @@ def linear_lrelu(
             drops = training and dropout > 0.0
             native = not drops or (generator is None and _choose("cpu", dropout, _products(x, weight)) == "reference")
             plain_bias = bias is None or (bias.dim() == 1 and bias.size(0) == weight.size(0))  # F.linear takes others too
-            if native and plain_bias and weight.dim() == 2 and 0.0 <= negative_slope < _INFINITY and 0.0 <= dropout <= 1.0:
+            numbers = type(negative_slope) in (float, int) and type(dropout) in (float, int)
+            if (
+                native
+                and numbers
+                and plain_bias
+                and weight.dim() == 2
+                and 0.0 <= negative_slope < _INFINITY
+                and 0.0 <= dropout <= 1.0
+            ):
                 z = _linear(x, weight, bias)
-                y = _activate_cpu(z, weight, negative_slope) if z.requires_grad else _leaky_relu_(z, negative_slope)
+                y = _activate_cpu(z, weight, negative_slope) if z.requires_grad else leaky_relu_(z, negative_slope)
                 return F.dropout(y, dropout) if drops else y
         except Exception:
             pass  # most bad input comes here; below, the checks name it, or the same call raises again
@@ -107,7 +116,7 @@ def linear_lrelu(
     if name is None:
         name = _choose(device, p, _products(x, weight))
         if name == "reference":
-            y = F.leaky_relu(F.linear(x, weight, bias), slope)
+            y = leaky_relu(F.linear(x, weight, bias), slope)
             if generator is None or p == 0.0:
                 return F.dropout(y, p) if p > 0.0 else y
             return y * torch.empty_like(y).bernoulli_(1.0 - p, generator=generator).mul_(dropout_scale(p))
@@ -157,7 +166,7 @@ def _activate_cpu(z: Tensor, weight: Tensor, slope: float) -> Tensor:
     """
     inputs = weight.size(1)
     if inputs < 512 or z.numel() * inputs < 2**23 or slope > 1.0 or z.dtype.itemsize == 2:
-        return _leaky_relu_(z, slope)
+        return leaky_relu_(z, slope)
     return z.mul_(z.detach().sign().clamp_min_(slope))
 
 

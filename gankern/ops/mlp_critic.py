@@ -129,8 +129,12 @@ def mlp_critic(
             checks.fail(ValueError, OP, "fake", f"have {len(real)} samples, as real, for the line between them", len(fake))
         if eps is None:
             eps = torch.rand(len(real), 1, dtype=real.dtype, device=real.device, generator=generator)
-        elif eps.numel() != len(real):
-            checks.fail(ValueError, OP, "eps", f"have one value for each of {len(real)} samples", eps.numel())
+        else:
+            checks.tensor(OP, "eps", eps)
+            checks.floating(OP, "eps", eps)
+            checks.same_device(OP, "eps", eps, real.device)
+            if eps.numel() != len(real):
+                checks.fail(ValueError, OP, "eps", f"have one value for each of {len(real)} samples", eps.numel())
     elif sample == "both":
         if len(fake) != len(real):
             checks.fail(ValueError, OP, "fake", f"have {len(real)} samples, as real, to penalise both", len(fake))

@@ -35,6 +35,7 @@ from gankern.ops._function import apply
 
 SIGMAS = (1.0, 2.0, 4.0, 8.0, 16.0)
 MOST_SIGMAS = 16
+LEAST_SIGMA = 1e-18  # 1 / (2 sigma²) must be a number of float32
 SMALL_MMD = 96  # samples in all, below which three autograd Functions cost more than they save on the CPU
 BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 23}  # of the Gram matrix, that are in memory at a time
 
@@ -43,9 +44,9 @@ BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 23}  # of the Gram matrix, that a
 
 def reference_features(m: Tensor) -> Tensor:
     """`minibatch_features` in plain PyTorch."""
-    x = _upcast(m)
-    similar = torch.exp(-(x.unsqueeze(1) - x).abs().sum(-1))
-    return similar.masked_fill(_diagonal(m)[:, :, None], 0.0).sum(1).to(m.dtype)
+    x, itself = _upcast(m), _diagonal(m)[:, :, None]
+    differences = (x.unsqueeze(1) - x).masked_fill(itself[..., None], 0.0)  # of infinity and itself: NaN, in the gradient too
+    return torch.exp(-differences.abs().sum(-1)).masked_fill(itself, 0.0).sum(1).to(m.dtype)
 
 
 def reference_mmd2(real: Tensor, fake: Tensor, sigmas: Sequence[float] = SIGMAS, unbiased: bool = False) -> Tensor:
@@ -100,7 +101,7 @@ def minibatch_features(m: Tensor) -> Tensor:
     checks.tensor(op, "m", m)
     checks.floating(op, "m", m)
     checks.dims(op, "m", m, 3)
-    if m.dtype.itemsize == 2 and torch.is_autocast_enabled(m.device.type):
+    if m.dtype.itemsize == 2 and _autocast(m):
         m = m.float()
     name = backend.forced()
     name = _choose(m.device.type) if name is None else backend.require(op, name, m.device.type)
@@ -148,7 +149,7 @@ def mmd2(real: Tensor, fake: Tensor, sigmas: Sequence[float] = SIGMAS, unbiased:
     Args:
         real: [N, *], N samples; the dimensions after the first are one vector. float64, float32, bfloat16 or float16.
         fake: [M, *], of the same dtype, device and size a sample.
-        sigmas: the kernels' widths, 1 to 16 numbers > 0.
+        sigmas: the kernels' widths, 1 to 16 numbers in [1e-18, 1e18].
         unbiased: which estimate; needs two samples of each.
 
     Returns:
@@ -223,13 +224,11 @@ def _checked_means(op: str, real: Tensor, fake: Tensor, sigmas: Sequence[float],
     checks.same_device(op, "fake", fake, real.device)
     if fake.shape[1:].numel() != real.shape[1:].numel():
         checks.fail(ValueError, op, "fake", f"have {real.shape[1:].numel()} numbers a sample", f"shape {list(fake.shape)}")
-    sigmas = tuple(sigmas)
+    checks.sequence(op, "sigmas", sigmas)
     if not 1 <= len(sigmas) <= MOST_SIGMAS:
         checks.fail(ValueError, op, "sigmas", f"be 1 to {MOST_SIGMAS} numbers", len(sigmas))
     for sigma in sigmas:
-        checks.number(op, "sigmas", sigma, 0.0)
-        if sigma == 0:
-            checks.fail(ValueError, op, "sigmas", "be > 0", sigma)
+        checks.number(op, "sigmas", sigma, LEAST_SIGMA, 1 / LEAST_SIGMA)
     name = backend.forced()
     if name is None:
         small = real.device.type == "cpu" and len(real) + len(fake) < SMALL_MMD
@@ -305,9 +304,12 @@ def _diagonal(t: Tensor) -> Tensor:
 
 
 def _no_autocast(t: Tensor) -> AbstractContextManager:
+    return torch.autocast(t.device.type, enabled=False) if _autocast(t) else nullcontext()
+
+
+def _autocast(t: Tensor) -> bool:
     kind = t.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device has none
-    return torch.autocast(kind, enabled=False) if on else nullcontext()
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device has none
 
 
 def _kernels(name: str) -> ModuleType | Any:

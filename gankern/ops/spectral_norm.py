@@ -126,7 +126,8 @@ def _choose(device: str) -> str:
 
 
 def _check(weights: Any, u: Any, v: Any, dims: Any, iterations: Any, eps: Any) -> None:
-    for argument, values in (("u", u), ("v", v), ("dims", dims)):
+    for argument, values in (("weights", weights), ("u", u), ("v", v), ("dims", dims)):
+        checks.sequence(OP, argument, values)
         if len(values) != len(weights):
             checks.fail(ValueError, OP, argument, f"have one entry for each of {len(weights)} weights", len(values))
     if not weights:

@@ -29,6 +29,14 @@ def rounded(value, DTYPE: tl.constexpr):
     return value.to(DTYPE)
 
 
+@triton.jit
+def leaky_relu(z, SLOPE: tl.constexpr):
+    """With slope 0 it is 0 at minus infinity too, where the product is NaN."""
+    if SLOPE == 0:
+        return tl.where(z < 0, 0.0, z)
+    return tl.where(z > 0, z, z * SLOPE)
+
+
 def on_device(t: Tensor) -> AbstractContextManager:
     """Triton launches on the current CUDA device: make it the one that holds `t`."""
     return torch.cuda.device(t.device) if t.is_cuda else nullcontext()

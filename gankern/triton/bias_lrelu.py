@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gankern.triton import INTERPRETED, ceil_div, on_device, power_of_two, rounded
+from gankern.triton import INTERPRETED, ceil_div, leaky_relu, on_device, power_of_two, rounded
 
 # --- kernels --------------------------------------------------------------------------------------------------------------------
 
@@ -42,7 +42,7 @@ def _act_kernel(
             x += tl.load(bias_ptr + row % channels, mask=row < M, other=0.0).to(COMPUTE)
         else:
             x += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(COMPUTE)
-    y = tl.where(x > 0, x, x * SLOPE)
+    y = leaky_relu(x, SLOPE)
     tl.store(y_ptr + row * N + column, rounded(y, y_ptr.dtype.element_ty), mask=inside)
 
 

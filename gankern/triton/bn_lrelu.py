@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gankern.triton import INTERPRETED, ceil_div, on_device, power_of_two, rounded
+from gankern.triton import INTERPRETED, ceil_div, leaky_relu, on_device, power_of_two, rounded
 
 PROGRAMS = 264  # a channel's batch is cut into shares until there are so many programs,
 SHARE = 8192  # as long as each has so many elements,
@@ -129,7 +129,7 @@ def _normalised(
             at, inside = _place(step, part, B, C, S, steps, MATRIX, ROWS, WIDTH)
             x = tl.load(x_ptr + at, mask=inside, other=0.0).to(mean.dtype)
             z = (x - mean) * scale + bias
-            tl.store(y_ptr + at, rounded(tl.where(z > 0, z, z * SLOPE), y_ptr.dtype.element_ty), mask=inside)
+            tl.store(y_ptr + at, rounded(leaky_relu(z, SLOPE), y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["B", "shares", "steps"])

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gankern.triton import INTERPRETED, ceil_div, on_device, power_of_two, rounded
+from gankern.triton import INTERPRETED, ceil_div, leaky_relu, on_device, power_of_two, rounded
 
 # --- parts ----------------------------------------------------------------------------------------------------------------------
 
@@ -76,7 +76,7 @@ def _act_kernel(
     z = tl.load(z_ptr + row * N + column, mask=inside, other=0.0).to(COMPUTE)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(COMPUTE)
-    y = tl.where(z > 0, z, z * SLOPE)
+    y = leaky_relu(z, SLOPE)
     if THRESHOLD >= 0:
         byte = _keep_byte(seed_ptr, row * groups + group, THRESHOLD)
         y *= ((byte >> lane) & 1).to(COMPUTE) * SCALE
@@ -171,7 +171,7 @@ def _forward_kernel(
         u = _masked(z, y, bits_ptr, row, column, inside, N, SLOPE, SCALE, THRESHOLD)
         tl.store(u_ptr + at, rounded(u, u_ptr.dtype.element_ty), mask=inside)
     else:
-        y = tl.where(z > 0, z, z * SLOPE)
+        y = leaky_relu(z, SLOPE)
         if THRESHOLD >= 0:
             groups = tl.cdiv(N, 8)
             group = tl.program_id(1) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)[None, :]
