@@ -801,5 +801,5 @@ def test_grid_puts_samples_in_rows() -> None:
 
 
 def test_running_mean() -> None:
-    assert pictures._smooth([1.0, 2.0, 6.0, 4.0], 2) == [1.0, 1.5, 4.0, 5.0]
-    assert pictures._smooth([], 3) == []
+    assert pictures.smooth([1.0, 2.0, 6.0, 4.0], 2) == [1.0, 1.5, 4.0, 5.0]
+    assert pictures.smooth([], 3) == []

@@ -60,6 +60,8 @@ def test_narrow_indices_are_found():
         %good = tt.addptr %x, %column : !tt.ptr<f32>, i32 loc(#loc4)
         %fine = tt.addptr %x, %early : !tt.ptr<f32>, i64 loc(#loc4)
         %bad = tt.addptr %x, %sum : tensor<8x!tt.ptr<f32>>, tensor<8xi32> loc(#loc4)
+        %offset = arith.addi %column, %lane : i32 loc(#loc5)
+        %again = arith.extsi %offset : i32 to i64 loc(#loc5)
     """
     assert [line.split()[0] for line in narrow(ir)] == ["%late", "%bad"]
 

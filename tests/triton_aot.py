@@ -219,21 +219,22 @@ def usage(cubin: bytes) -> dict[str, int]:
 def narrow(ttir: str) -> list[str]:
     """Lines of a kernel's IR at which an i32 product of two numbers that are no constants (a row times a width) moves a pointer, or
     becomes 64 bits wide: too late, beyond 2^31 elements. A column alone may have 32 bits."""
-    made = {m[1]: (m[2], re.findall(r"%[\w#]+", m[3])) for m in re.finditer(r"^\s*(%\w+) = ([\w.]+)(.*)", ttir, re.M)}
     spread = ("tt.splat", "tt.expand_dims", "tt.broadcast")
-
-    def constant(name: str) -> bool:
-        op, operands = made.get(name, ("", []))
-        return op == "arith.constant" or (op in spread and all(map(constant, operands)))
-
-    def product(name: str) -> bool:
-        op, operands = made.get(name, ("", []))
-        if op == "arith.muli" and not any(map(constant, operands)):
-            return True
-        return op in (*spread, "arith.addi", "arith.muli") and any(map(product, operands))
-
-    used = r"^.*(?:tt\.addptr %[\w#]+, (%[\w#]+) : .*, \S*i32>?|arith\.extsi (%[\w#]+) : \S*i32.*)(?: |$).*$"
-    return [m[0].strip() for m in re.finditer(used, ttir, re.M) if product(m[1] or m[2])]
+    used = r"tt\.addptr %[\w#]+, (%[\w#]+) : .*, \S*i32>?(?: |$)|arith\.extsi (%[\w#]+) : \S*i32"
+    constants: set[str] = set()
+    products: set[str] = set()
+    found = []
+    for line in ttir.splitlines():  # in their order: two loops may give the same name to different values
+        if (use := re.search(used, line)) and (use[1] or use[2]) in products:
+            found.append(line.strip())
+        if made := re.match(r"\s*(%\w+) = ([\w.]+)(.*)", line):
+            name, op, operands = made[1], made[2], set(re.findall(r"%[\w#]+", made[3]))
+            constant = op == "arith.constant" or (op in spread and operands <= constants)
+            fresh = op == "arith.muli" and not operands & constants
+            product = fresh or (op in (*spread, "arith.addi", "arith.muli") and bool(operands & products))
+            for names, member in ((constants, constant), (products, product)):
+                names.add(name) if member else names.discard(name)
+    return found
 
 
 def main(architectures: list[int]) -> None:
