@@ -181,7 +181,7 @@ def markdown(table: Table, content: dict[str, Any]) -> str:
     minutes, machine = content["seconds"] / 60, content["machine"]
     lines += [
         "",
-        f"{minutes:.1f} minutes in {content['workers']} processes of one thread, {machine['device']}, {machine['system']}, ",
+        f"{minutes:.1f} minutes in {content['workers']} process{'es' * (content['workers'] > 1)} of one thread, {machine['device']}, {machine['system']}, ",
     ]
     lines[-1] += ", ".join(f"{name} {version}" for name, version in content["versions"].items()) + "."
     lines += ["", f"![{table.name}]({table.name}.png)", ""]
