@@ -179,10 +179,8 @@ def markdown(table: Table, content: dict[str, Any]) -> str:
     lines += ["", f"Mean ± sample standard deviation over {len(content['rows'][0]['seeds'])} trials.", ""]
     lines += [f"- {'holds' if claim['holds'] else '**does not hold**'}: {claim['claim']}" for claim in content["claims"]]
     minutes, machine = content["seconds"] / 60, content["machine"]
-    lines += [
-        "",
-        f"{minutes:.1f} minutes in {content['workers']} process{'es' * (content['workers'] > 1)} of one thread, {machine['device']}, {machine['system']}, ",
-    ]
+    processes = "one process" if content["workers"] == 1 else f"{content['workers']} processes"
+    lines += ["", f"{minutes:.1f} minutes in {processes} of one thread, {machine['device']}, {machine['system']}, "]
     lines[-1] += ", ".join(f"{name} {version}" for name, version in content["versions"].items()) + "."
     lines += ["", f"![{table.name}]({table.name}.png)", ""]
     return "\n".join(lines)
