@@ -1,4 +1,4 @@
-"""docs/gallery.md: presets trained on the bundled digits, each within ten minutes of one CPU core, and what a classifier says.
+"""docs/gallery.md: presets trained on the bundled digits, in ten minutes of a CPU core or little more, and what a classifier says.
 
 python -m bench.gallery              all entries (an hour), into docs/gallery/
 python -m bench.gallery dcgan ring   these, beside what is there
