@@ -50,19 +50,8 @@ FLAGS = {
 def entry(name: str, runs: Path) -> dict[str, Any]:
     """Train, keep the last picture or the film, and judge the samples."""
     words = [name, *FLAGS.get(name, []), "--steps", str(STEPS[name]), "--seed", "0"]
-    command = [
-        sys.executable,
-        "-m",
-        "gankern",
-        "train",
-        *words,
-        "--outdir",
-        str(runs),
-        "--device",
-        "cpu",
-        "--checkpoint-every",
-        "0",
-    ]
+    command = [sys.executable, "-m", "gankern", "train", *words, "--outdir", str(runs), "--device", "cpu"]
+    command += ["--checkpoint-every", "0", "--sample-every", str(STEPS[name] // 20)]
     before = processor_seconds()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=environment, check=True)
