@@ -181,7 +181,7 @@ PRESETS = {
     "ring": Preset(
         "eight Gaussians on a ring, pairs of samples judged together",
         "Lin et al. 2018",
-        "most of the 8 modes after 8 000 steps; in the paper, after 400 000, all but always 8, and 6 with --pack 1",
+        "all 8 modes after 8 000 steps; in the paper, after 400 000, nearly always, and 6 with --pack 1",
         TrainConfig(data="ring", **_PACGAN),
     ),
     "grid": Preset(
