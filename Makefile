@@ -78,7 +78,7 @@ format: $(STAMPS)/dev
 bench: build $(STAMPS)/dev
 	$(BIN)/python -m pytest bench $(ARGS)
 
-# The tables that a CPU makes within the hour; `gankern reproduce` lists them all.
+# The tables for a CPU; `gankern reproduce` lists them all.
 reproduce: build
 	$(BIN)/gankern reproduce fgan pacgan1-ring packing-ring unrolled-ring wgan-gp-toys --out docs/reproduce $(ARGS)
 
