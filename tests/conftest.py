@@ -79,13 +79,19 @@ def kernel_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def steady() -> Iterator[None]:
-    """For whole trainings: one CPU thread, the fastest where small networks and processes share the cores; no TF32 on a GPU."""
+def one_thread() -> Iterator[None]:
+    """One CPU thread, as in the processes that tests start: another number of threads may sum in another order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def steady(one_thread: None) -> Iterator[None]:
+    """For whole trainings: one CPU thread, the fastest where small networks and processes share the cores; no TF32 on a GPU."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import shutil
 import signal
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,10 @@ from gankern.training.run_dir import RunDir
 from tests import small
 from tests.replay import record
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FLAGS = "--z-dim 4 --g-widths 32 --d-widths 128 --batch-size 16 --device cpu --log-every 1 --sample-every 0 --keep 0"
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- one file

@@ -18,17 +18,11 @@ from gankern.training.graph import Compile, Eager, Graph, Losses, graph_problem,
 from tests import small
 from tests.replay import Recording, record
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LONG = ("gan", "cgan", "wgan-gp", "ctgan-like")  # 200 steps, the others 20
 # All that a step may have, in one small GAN.
 FULL = {"clip_gradients": 0.5, "clip_weights": 0.3, "g_dropout": 0.2, "g_norm": "batch", "latent": "uniform", "n_critic": 2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def pair(

@@ -9,7 +9,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,11 @@ import torch
 from gankern.cli.main import train_main
 from gankern.training import pictures
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FLAGS = "--z-dim 4 --g-widths 8 --d-widths 16 8 --batch-size 16 --device cpu --ema 0.9 --g-norm batch --d-dropout 0.3 --log-every 1"
 EVERY = 3  # steps between checkpoints
 Start = Callable[[Path, int], list[str]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["dots", pytest.param("ring", marks=pytest.mark.long)])

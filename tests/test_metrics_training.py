@@ -100,13 +100,13 @@ def test_resumed_run_has_the_rows_and_the_weights_of_a_whole_one(first: int, mea
 # --- what is measured
 
 
-def stub(samples: Callable[..., Tensor], config: TrainConfig) -> Any:
+def trainer_of(samples: Callable[..., Tensor], config: TrainConfig) -> Any:
     """A trainer, as far as a Judge knows it."""
     return SimpleNamespace(config=config, device=torch.device("cpu"), sample=samples)
 
 
 def judge_of(samples: Callable[..., Tensor], config: TrainConfig, dataset: data.Dataset, labelled: bool = False) -> Judge:
-    judge = Judge(stub(samples, config), dataset, labelled)
+    judge = Judge(trainer_of(samples, config), dataset, labelled)
     judge.prepare()
     return judge
 

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from torch import Tensor
 from gankern.cli.main import train_main
 from gankern.training import Trainer, checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Everything that has a state: EMA, dropout in both networks, BatchNorm, and epochs of 6 batches.
 FLAGS = (
     "--z-dim 4 --g-widths 8 --d-widths 16 8 --batch-size 16 --device cpu --ema 0.9 --g-norm batch --g-dropout 0.1 --d-dropout 0.3"
@@ -30,15 +31,6 @@ FLAGS = (
 FLAGS += " --label-smoothing 0.9 --log-every 1 --sample-every 0 --checkpoint-every 0"
 NAME = "00000-gan-dots-b16"
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in the process that gets the SIGINT: another number of threads may sum in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
