@@ -1,5 +1,7 @@
 """gankern: a GAN engine for PyTorch whose hot path is custom kernels. Importing it compiles nothing and touches no GPU."""
 
+from typing import TYPE_CHECKING, Any
+
 from gankern import nn
 from gankern.backend import use_backend
 from gankern.nn.fuse import FusionReport, fuse, fusion_report, unfuse
@@ -13,7 +15,9 @@ from gankern.ops.linear_lrelu import linear_lrelu
 from gankern.ops.mlp_critic import mlp_critic, mlp_critic_generator, mlp_critic_penalty
 from gankern.ops.pairwise import minibatch_distance, minibatch_features, mmd2, pulling_away
 from gankern.regularizers import gradient_penalty
-from gankern.training.export import load_generator
+
+if TYPE_CHECKING:
+    from gankern.training.export import load_generator
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,3 +47,12 @@ __all__ = [
     "unfuse",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """load_generator brings the trainer along: imported when it is first asked for."""
+    if name == "load_generator":
+        from gankern.training.export import load_generator
+
+        return load_generator
+    raise AttributeError(f"module 'gankern' has no attribute {name!r}")

@@ -130,4 +130,8 @@ def test_importing_gankern_is_light() -> None:
         "print(*sorted(set(sys.modules) - before), *(['CUDA'] if torch.cuda.is_initialized() else []), sep='\\n')"
     ).split()
     assert "gankern.ops.linear_lrelu" in loaded
-    assert [m for m in loaded if m == "CUDA" or m.startswith(heavy) or m.startswith(("gankern.triton", "gankern.cli"))] == []
+    assert [
+        m
+        for m in loaded
+        if m == "CUDA" or m.startswith(heavy) or m.startswith(("gankern.triton", "gankern.training", "gankern.cli"))
+    ] == []
