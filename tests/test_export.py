@@ -182,6 +182,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     capsys.readouterr()
     assert main(["export", str(tmp_path / "nowhere")]) == 2
     assert "must be a run directory or a checkpoint" in capsys.readouterr().err
+    assert main(["export", str(run), "--format", "pt2", "--out", "g.onnx"]) == 2
+    assert "--out must not end like another format than --format pt2, got 'g.onnx'" in capsys.readouterr().err
+    assert not Path("g.onnx").exists()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["export", str(run), "--format", "onnx"]) == 2
     assert 'pip install "gankern[train]"' in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gankern.cli.common import Parser, need, refusing
+from gankern.cli.common import Parser, Refused, need, refusing
 from gankern.training.export import FORMATS, export
 from gankern.training.trained import Trained
 
@@ -29,6 +29,8 @@ def command(arguments: list[str]) -> int:
         need("onnx", "onnxscript", extra="onnx")
     with refusing():
         out = Path(options.out or f"generator.{options.format}")
+        if out.suffix[1:] in FORMATS and out.suffix[1:] != options.format:
+            raise Refused(f"--out must not end like another format than --format {options.format}, got {options.out!r}")
         trained = Trained(Path(options.run), options.weights)
         card = export(trained, out, options.format)
     size = out.stat().st_size / 1e6
