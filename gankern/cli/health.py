@@ -53,7 +53,7 @@ class Health:
 
 
 class LastGood:
-    """The state of a run when its losses were all finite, in memory, and the way back to it.
+    """The state of a run when its losses were all finite, on the trainer's device, and the way back to it.
 
     Args:
         ready: of the run, as it is: the first state kept.
@@ -78,7 +78,7 @@ class LastGood:
     def _remember(self, seconds: float) -> None:
         if self.ready.config.rollbacks:
             state = self.ready.trainer.state_dict()
-            self.state = {k: v.to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
+            self.state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
             self.position, self.seconds = self.ready.batches.state_dict(), seconds
 
     def back(self, reporter: Reporter) -> bool:

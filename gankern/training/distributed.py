@@ -207,6 +207,8 @@ def seed_own(seed: int, step: int = 0) -> None:
 
 def streams(device: torch.device) -> dict[str, Tensor]:
     """The states of those generators in all processes but the first, which has its own in `Trainer.state_dict`. All must call."""
+    if not joined():
+        return {}
     own = {"default": torch.get_rng_state()}
     if device.type == "cuda":
         own["cuda"] = torch.cuda.get_rng_state(device)
