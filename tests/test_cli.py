@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -29,6 +29,7 @@ from gankern.cli.probes import PROBES
 from gankern.ops import gan_loss, linear_lrelu
 from gankern.training import PRESETS, TrainConfig, checkpoint, precision, presets
 from gankern.training.combinations import idle
+from gankern.training.config import Loss
 from gankern.training.graph import Graph
 from gankern.training.networks import CONDITIONAL
 from gankern.training.trainer import Trainer
@@ -255,12 +256,12 @@ def test_conditional_run_goes_on_with_its_classes(conditional_run: Path, labelle
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["cgan"], "train: data must have labels for --arch cgan, got none"),
+        (["cgan"], "--data must have labels for --arch cgan, got none"),
         (
             ["wgan-gp", "--batch-size", "30"],
             "batch_size * n_critic must be at most the 100 images of dots, got 30 * 5 = 150",
         ),
-        (["gan", "--engine", "graph"], "train: engine must be auto, eager or compile on cpu, got graph"),
+        (["gan", "--engine", "graph"], "--engine must be auto, eager or compile on cpu, got graph"),
     ],
 )
 def test_presets_refuse(words: list[str], sentence: str, images: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -368,25 +369,23 @@ def test_folder_of_pictures_with_broken_files(tmp_path: Path, capsys: Capture) -
         (["wgan9"], f"preset must be one of {', '.join(PRESETS)}, got 'wgan9'"),
         (["gan", "--stepz", "3"], "Unrecognized options: --stepz, 3 (see gankern-train gan --help)"),
         (["gan", "--steps", "many"], "Error parsing --steps: invalid literal for int() with base 10: 'many'"),
-        (["gan", "--steps", "0"], "train: steps must be a finite number >= 1, got 0"),
-        (["gan", "--mmd-root"], "train: mmd_root must be left out without --loss mmd, got True"),
+        (["gan", "--steps", "0"], "--steps must be a finite number >= 1, got 0"),
+        (["gan", "--mmd-root"], "--mmd-root must be left out without --loss mmd, got True"),
         (
             ["dcgan", "--d-widths", "8", "4"],
-            "train: d_widths must be left out with --arch dcgan, whose networks do not have it, got 8 4",
+            "--d-widths must be left out with --arch dcgan, whose networks do not have it, got 8 4",
         ),
-        (["gan", "--arch=dcgan", "--d-dropout=0.3"], "train: d_dropout must be left out with --arch dcgan, whose networks do not"),
-        (
-            ["gan", "--loss", "wgan", "--clip-weights", "1"],
-            "train: label_smoothing must be 1 with --loss wgan, which has no targets, got 0.9 from the preset (see",
-        ),
+        (["gan", "--arch=dcgan", "--d-dropout=0.3"], "--d-dropout must be left out with --arch dcgan, whose networks do not"),
+        (["gan", "--loss", "wgan"], "--loss must have a bounded critic: --penalty, --spectral-norm or --clip-weights"),
+        (["gan", "--batch-size", "9", "--pack", "2"], "--batch-size must be a multiple of pack (2), got 9"),
         (
             ["gan", "--loss", "wgan", "--clip-weights", "1", "--label-smoothing=0.8"],
-            "train: label_smoothing must be 1 with --loss wgan, which has no targets, got 0.8 (see",
+            "--label-smoothing must be 1 with --loss wgan, which has no targets, got 0.8 (see",
         ),
         (["gan", "--precision", "fp8"], "invalid choice 'fp8' for argument '--precision'"),
-        (["gan", "--precision", "tf32"], "train: precision must be fp32 or bf16 on cpu, got tf32"),
-        (["gan", "--device", "tpu"], "device must be auto, cpu or cuda[:number], got 'tpu'"),
-        (["gan", "--device", "cuda:99"], "device must be one that torch"),
+        (["gan", "--precision", "tf32"], "--precision must be fp32 or bf16 on cpu, got tf32"),
+        (["gan", "--device", "tpu"], "--device must be auto, cpu or cuda[:number], got 'tpu'"),
+        (["gan", "--device", "cuda:99"], "--device must be one that torch"),
         (["gan", "--data", "/nowhere/x"], "data: source must be mnist, "),
         (["gan", "--batch-size", "70000"], "data: batch_size must be at most the 60000 images of mnist, got 70000"),
         (["gan", "--outdir", "{file}/runs"], "Not a directory: {file}/runs"),
@@ -406,6 +405,38 @@ def test_train_refuses(flags: list[str], sentence: str, tmp_path: Path, capsys: 
     status = train_main([f.format(**places) for f in flags] + device)
     assert refused(capsys, status).startswith(sentence.format(**places))
     assert {p.name for p in tmp_path.iterdir()} == {"file", "dir"}
+
+
+@pytest.mark.parametrize("loss", get_args(Loss))
+def test_any_loss_goes_before_the_settings_of_the_preset(loss: Loss, capsys: Capture) -> None:
+    bounds = ["--penalty", "gp"] if loss in ("wgan", "mmd-gan") else []
+    config = train.parse("gan", ["--loss", loss, *bounds])
+    assert config.loss == loss
+    said = capsys.readouterr().out
+    preset = PRESETS["gan"].config.label_smoothing
+    assert config.label_smoothing in (preset, 1.0)
+    why = f"label_smoothing {preset} of the preset is left out with --loss {loss}, which has no targets\n"
+    assert said == ("" if config.label_smoothing == preset else why)
+    # Settings that the command names are not left out
+    if said:
+        with pytest.raises(Refused, match=f"train: label_smoothing must be 1 with --loss {loss}, .* got {preset}"):
+            train.parse("gan", ["--loss", loss, "--label-smoothing", str(preset), *bounds])
+
+
+@pytest.mark.parametrize(
+    ("preset", "left_out"),
+    [
+        ("hinge", {"spectral_norm": False}),
+        ("wgan-gp", {"penalty": "none"}),
+        ("improved", {"label_smoothing": 1.0, "feature_matching": 0.0, "minibatch_features": "none"}),
+    ],
+)
+def test_loss_without_a_critic_goes_before_the_preset(preset: str, left_out: dict[str, object], capsys: Capture) -> None:
+    config = train.parse(preset, ["--loss", "mmd"])
+    said = capsys.readouterr().out
+    for name, plain in left_out.items():
+        assert getattr(config, name) == plain
+        assert f"{name} {getattr(PRESETS[preset].config, name)} of the preset is left out with --loss mmd, wh" in said
 
 
 class Terminal(io.StringIO):

@@ -300,7 +300,7 @@ def test_a_refusal_of_one_is_one_of_all(tmp_path: Path) -> None:
         (
             "all",
             [[*good, "--batch-size", "9"]],
-            "gankern-train: train: batch_size must be a multiple of 2, the number of processes, got 9",
+            "gankern-train: --batch-size must be a multiple of 2, the number of processes, got 9",
         ),
         ("second", [good, [*good, "--data", str(tmp_path / "none")]], f"{tmp_path / 'none'}"),
     ):

@@ -9,6 +9,7 @@ import itertools
 import platform
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def command(arguments: list[str]) -> int:
         raise Refused(f"preset must be one of {names}, got {name!r}")
     need("tyro", "rich", "PIL", "safetensors", "tensorboard", "matplotlib")
     with contextlib.ExitStack() as held:
-        with refusing():
+        with flagged(), refusing():
             held.enter_context(distributed.session())
             if distributed.rank():  # the first process speaks
                 held.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -63,6 +64,18 @@ def command(arguments: list[str]) -> int:
             return 1
 
 
+@contextlib.contextmanager
+def flagged() -> Iterator[None]:
+    """A complaint about a setting names it as its flag: what was "train: batch_size must ..." is "--batch-size must ..."."""
+    try:
+        yield
+    except Refused as refusal:
+        sentence = str(refusal).removeprefix("train: ")
+        name = sentence.partition(" must ")[0]
+        flag = f"--{name.replace('_', '-')}" if name in TrainConfig.__dataclass_fields__ else name
+        raise Refused(flag + sentence.removeprefix(name)) from None
+
+
 def list_presets(arguments: list[str]) -> int:
     Parser("gankern presets", description="List the presets of gankern-train.").parse_args(arguments)
     _print_presets()
@@ -78,25 +91,42 @@ def parse(preset: str, arguments: list[str]) -> TrainConfig:
     """TrainConfig from flags; tyro's framed complaint becomes one sentence."""
     import tyro
 
-    prog, complaint = f"gankern-train {preset}", io.StringIO()
+    prog = f"gankern-train {preset}"
     if "-h" in arguments or "--help" in arguments:
         print(settings(preset))
         raise SystemExit(0)
     typed = {word.partition("=")[0].lstrip("-").removeprefix("no-").replace("-", "_") for word in arguments if word[:2] == "--"}
-    try:
-        with contextlib.redirect_stderr(complaint):
-            config = tyro.cli(TrainConfig, prog=prog, default=PRESETS[preset].config, args=arguments)
-    except SystemExit:
-        words = unframed(complaint.getvalue()).rstrip(".").removeprefix("Error parsing TrainConfig: ")
-        named = re.match(r"train: (\w+) must ", words)
-        if named and named[1] not in typed:
+    default, plain = PRESETS[preset].config, TrainConfig.__dict__
+    while True:
+        complaint = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(complaint):
+                config = tyro.cli(TrainConfig, prog=prog, default=default, args=arguments)
+            break
+        except SystemExit:
+            words = unframed(complaint.getvalue()).rstrip(".").removeprefix("Error parsing TrainConfig: ")
+        about = re.match(r"train: (?P<name>\w+) must (be [\w. ]+ with --(?P<flag>[\w-]+)(?P<why>.*), got )?", words)
+        name, flag = about.group("name", "flag") if about else ("", None)
+        if about and name not in typed:
             words += " from the preset"
-        raise Refused(f"{words or 'the flags must be understood'} (see {prog} --help)") from None
+            if flag and flag.replace("-", "_") in typed and getattr(default, name) != plain[name]:
+                # What was asked for by name goes before what came with the preset
+                print(f"{name} {shown(getattr(default, name))} of the preset is left out with --{flag}{about['why']}")
+                arguments = [*arguments, *given(name, plain[name])]
+                typed.add(name)
+                continue
+        raise Refused(f"{words or 'the flags must be understood'} (see {prog} --help)")
     for name, why in idle(config).items():
         value = getattr(config, name)
         if name in typed and value != getattr(TrainConfig, name):
             raise Refused(f"train: {name} must be left out {why}, got {shown(value)} (see {prog} --help)")
     return config
+
+
+def given(name: str, value: object) -> tuple[str, ...]:
+    """A setting as words of the command line."""
+    option = name.replace("_", "-")
+    return (f"--{'' if value else 'no-'}{option}",) if isinstance(value, bool) else (f"--{option}", str(value))
 
 
 def unframed(complaint: str) -> str:
