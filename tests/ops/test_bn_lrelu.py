@@ -591,6 +591,21 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         ValueError,
         "running_mean and running_var must both be given or both be None, got one of them",
     ),
+    "average that wants a gradient": (
+        X,
+        {"running_mean": C, "running_var": torch.ones(3, requires_grad=True)},
+        ValueError,
+        "running_var must not require a gradient, got a tensor that does",
+    ),
+    "average of one channel does not fit": (
+        X[:, :1],
+        {"running_mean": C[:1], "running_var": C[:0]},
+        ValueError,
+        "running_var must have shape [1], got [0]",
+    ),
+    "average elsewhere": (X, {"running_mean": C.to("meta"), "running_var": C}, ValueError, "running_mean must be on cpu, got meta"),
+    "momentum is infinite": (X, {"momentum": math.inf}, ValueError, "momentum must be a finite number, got inf"),
+    "momentum beyond any float": (X, {"momentum": 10**400}, ValueError, f"momentum must be a finite number, got {10**400}"),
     "no averages": (X, {"training": False}, ValueError, "running_mean must be given when training is False, got None"),
     "momentum is None": (X, {"momentum": None}, TypeError, "momentum must be a number, got NoneType"),
     "eps < 0": (X, {"eps": -1.0}, ValueError, "eps must be a finite number >= 0, got -1.0"),
@@ -607,6 +622,16 @@ def test_bad_input_is_refused_in_one_sentence(case: str, name: str | None) -> No
     with gankern.use_backend(name) if name else nullcontext(), pytest.raises(kind) as caught:
         gankern.bn_lrelu(x, **{"training": True, **options})
     assert str(caught.value) == f"bn_lrelu: {sentence}"
+
+
+@MODES
+def test_averages_and_parameters_of_different_16_bit_kinds(training: bool) -> None:
+    x, w, b = make((6, 3), dtype=torch.float32)
+    mean, var = averages(3, torch.float32)
+    mixed = (mean.clone(), var.half(), w.half(), b)
+    got = gankern.bn_lrelu(x.half(), *mixed, training)
+    want = definition(x.half().float(), mean, var.half().float(), w.half().float(), b, training)
+    torch.testing.assert_close(got.float(), want, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", ["compiled", "triton"])

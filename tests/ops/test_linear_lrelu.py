@@ -645,6 +645,22 @@ REFUSED = {
     "bias does not fit": (X, W, torch.zeros(5), {}, ValueError, "linear_lrelu: bias must have shape [4], got [5]"),
     "bias is 2-D": (X, W, torch.zeros(1, 4), {}, ValueError, "linear_lrelu: bias must have shape [4], got [1, 4]"),
     "bias has another dtype": (X, W, B.half(), {}, TypeError, "linear_lrelu: bias must have dtype float32, got float16"),
+    "bias is integer, x with gaps": (
+        torch.zeros(3, 2, 3).transpose(0, 2),
+        torch.zeros(4, 3),
+        torch.zeros(4, dtype=torch.int64),
+        {},
+        TypeError,
+        "linear_lrelu: bias must have dtype float32, got int64",
+    ),
+    "weight elsewhere, one input": (
+        torch.zeros(2, 4, 1),
+        torch.zeros(3, 1, device="meta"),
+        None,
+        {},
+        ValueError,
+        "linear_lrelu: weight must be on cpu, got meta",
+    ),
     "bias elsewhere": (X, W, B.to("meta"), {}, ValueError, "linear_lrelu: bias must be on cpu, got meta"),
     "slope < 0": (
         X,

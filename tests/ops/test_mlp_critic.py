@@ -781,6 +781,10 @@ BAD: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "sided must be one of one, two, got 'three'", {"sided": "three"}),
     (ValueError, "sample must be one of line, real, fake, both, got 'x'", {"sample": "x"}),
     (ValueError, "objective must be one of .*, got 'x'", {"objective": "x"}),
+    (ValueError, "fake must have 6 samples, as real, to pair with, got 5", {
+        "fake": randn(5, 7, seed=0), "objective": "relativistic"}),
+    (TypeError, r"weights\[0\] must be a dense tensor, got torch.sparse_coo", {
+        "weights": [w.to_sparse() for w in make(SIZES[3])[0]]}),
     (ValueError, "eps must have one value for each of 6 samples, got 5", {"eps": torch.zeros(5), "penalty_weight": 1.0}),
 ]  # fmt: skip
 

@@ -352,6 +352,11 @@ REFUSED = {
     ),
     "iterations": (ValueError, ([W], [U], [V], [0], -1), "iterations must be a finite number >= 0, got -1"),
     "eps": (ValueError, ([W], [U], [V], [0], 1, -1.0), r"eps must be a finite number >= 0, got -1.0"),
+    "eps beyond the dtype": (
+        ValueError,
+        ([W.half()], [U.half()], [V.half()], [0], 1, 1e38),
+        r"eps must be a number that torch.float16 has, got 1e\+38",
+    ),
     "device": (ValueError, ([W], [U.to("meta")], [V], [0]), r"u\[0\] must be on cpu, got meta"),
 }
 
