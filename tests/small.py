@@ -40,7 +40,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
         "penalty": "r1r2", "optimizer_d": "sgd", "optimizer_g": "rmsprop", "clip_weights": 0.5, "clip_gradients": 2.0, "ttur": 2.0,
     },
     "most-unrolled": {
-        "unroll": 2, "label_noise": 0.1, "replay": 9, "feature_matching": 0.5, "reconstruction": 0.01, "penalty": "gp",
+        "unroll": 2, "label_noise": 0.1, "replay": 9, "feature_matching": 0.5, "reconstruction": 0.01, "penalty": "lp",
         "optimizer_d": "rmsprop", "clip_weights": 0.5, "loss": "relativistic-average", "spectral_norm": True,
     },
     "rmsprop": {"optimizer_d": "rmsprop", "optimizer_g": "rmsprop"},

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gankern import models
 from gankern.nn import VirtualBatchNorm
-from gankern.training import TrainConfig
+from gankern.training import PRESETS, TrainConfig
 from gankern.training.combinations import idle
 from gankern.training.critics import Autograd
 from gankern.training.critics.matching import Features
@@ -94,6 +94,13 @@ def test_options_reach_the_networks() -> None:
     assert {"BatchNorm1d", "Dropout"} <= kinds(generator)
     assert "Tanh" not in kinds(generator)
     assert {m.negative_slope for net in (generator, critic) for m in net.modules() if isinstance(m, nn.LeakyReLU)} == {0.1}
+
+
+def test_line_of_r3gan_says_what_its_networks_are() -> None:
+    generator, critic = PRESETS["r3gan"].build(small.config("r3gan"), (1, 8, 8))
+    normed = [any("Norm" in type(m).__name__ for m in net.modules()) for net in (generator, critic)]
+    assert normed == [True, False]
+    assert PRESETS["r3gan"].summary.endswith("no normalisation in the critic")
 
 
 @pytest.mark.parametrize("arch", ["dcgan", "resnet", "cdcgan", "tabular", "pacgan-toy"])

@@ -439,6 +439,25 @@ def test_loss_without_a_critic_goes_before_the_preset(preset: str, left_out: dic
         assert f"{name} {getattr(PRESETS[preset].config, name)} of the preset is left out with --loss mmd, wh" in said
 
 
+@pytest.mark.parametrize(
+    ("words", "left_out"),
+    [
+        (["wgan", "--penalty", "gp"], {"clip_weights": 0.0}),
+        (["vae-gan", "--arch", "cdcgan"], {"reconstruction": 0.0, "kl": 0.0}),
+        (["vae-gan", "--reconstruction", "0"], {"kl": 0.0}),
+    ],
+    ids=" ".join,
+)
+def test_flag_goes_before_all_of_the_preset_that_hangs_on_it(
+    words: list[str], left_out: dict[str, object], capsys: Capture
+) -> None:
+    config = train.parse(words[0], words[1:])
+    said = capsys.readouterr().out
+    for name, plain in left_out.items():
+        assert getattr(config, name) == plain
+        assert f"{name} {getattr(PRESETS[words[0]].config, name)} of the preset is left out with --" in said
+
+
 class Terminal(io.StringIO):
     """A standard output of which tyro asks whether it may draw boxes and use colours."""
 

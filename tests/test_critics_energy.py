@@ -191,5 +191,7 @@ def test_networks_that_do_not_fit_are_refused() -> None:
     plain = dataclasses.replace(config("ebgan"), arch="mlp")
     with pytest.raises(ValueError, match="train: arch must be autoencoder or conv-autoencoder with --loss ebgan, got mlp"):
         ask(nn.Linear(2, 1), plain)
-    with pytest.raises(ValueError, match=r"train: loss must be ebgan, began, mmd or mmd-gan with --arch autoencoder, .* got lsgan"):
-        ask(autoencoder(), config("lsgan"))
+    for arch in ("autoencoder", "conv-autoencoder"):
+        words = f"train: loss must be ebgan, began, mmd or mmd-gan with --arch {arch}, .* got lsgan"
+        with pytest.raises(ValueError, match=words):
+            ask(autoencoder(), dataclasses.replace(config("lsgan"), arch=arch))

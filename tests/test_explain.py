@@ -70,7 +70,9 @@ def test_words_of_a_number_give_the_number(objective: str) -> None:
             assert eval(formula, names) == pytest.approx(value.number, abs=1e-15)
 
 
-@pytest.mark.parametrize("objective", ["non-saturating", "minimax", "maximum-likelihood", "lsgan", "fgan-jensen-shannon"])
+@pytest.mark.parametrize(
+    "objective", ["non-saturating", "minimax", "maximum-likelihood", "lsgan", "lsgan-pearson", "fgan-jensen-shannon"]
+)
 def test_smoothed_labels_move_the_values(objective: str) -> None:
     labels = {"real_label": 0.9, "fake_label": 0.2}
     logit = best_logit(objective, **labels)
@@ -82,6 +84,11 @@ def test_smoothed_labels_move_the_values(objective: str) -> None:
 def test_relativistic_values_know_no_labels() -> None:
     smooth = numbers("relativistic-average", 0.7, real_label=0.9)
     assert smooth["d_loss"] == pytest.approx(expected("relativistic-average", 0.9)["d_loss"].number)
+
+
+def test_signs_of_relativistic_losses_are_no_single_logits() -> None:
+    for name, row in OBJECTIVES.items():
+        assert row.relative == "no" or not any("D(x)" in words for words in EXPLANATIONS[name].failures), name
 
 
 def test_ebgan_pays_the_margin_whatever_energy_all_samples_have() -> None:

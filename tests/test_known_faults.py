@@ -129,16 +129,18 @@ def test_zero_gradient_gives_no_nan(way: str, penalty: str) -> None:
 # --- networks
 
 
-@pytest.mark.parametrize("arch", ["mlp", "dcgan", "sngan", "tabular"])
+@pytest.mark.parametrize("arch", ["mlp", "cgan", "dcgan", "cdcgan", "sngan", "resnet", "tabular", "pacgan-toy"])
 def test_batchnorm_keeps_pytorchs_momentum_and_eps(arch: str) -> None:
     """The fault: BatchNorm1d(n, 0.8), meant as a momentum of 0.8, sets eps: a unit of variance 1 comes out at 1 / sqrt(1.8).
 
     What the networks do is asked, and not only how they are set: one batch moves the averages by a tenth, and what leaves the
     norm has the variance that its weight says.
     """
-    config = TrainConfig(arch=arch, g_norm="batch", d_norm="batch" if arch == "dcgan" else "none", g_widths=(16, 16), conv_width=16)
+    d_norm: Any = "batch" if arch in ("dcgan", "cdcgan") else "none"
+    config = TrainConfig(arch=arch, g_norm="batch", d_norm=d_norm, g_widths=(16, 16), conv_width=16)
+    labels = [torch.arange(64) % 3] if arch in CONDITIONAL else []
     torch.manual_seed(0)
-    nets = networks(config, (1, 28, 28), fused=False)
+    nets = networks(config, (2,) if arch == "pacgan-toy" else (1, 28, 28), 3, fused=False)
     norms = [m for net in nets for m in net.modules() if isinstance(m, _BatchNorm)]
     assert norms
     assert {(m.eps, m.momentum) for m in norms} == {(1e-5, 0.1)}
@@ -150,7 +152,7 @@ def test_batchnorm_keeps_pytorchs_momentum_and_eps(arch: str) -> None:
     for m in norms:
         m.register_forward_hook(note)
     with torch.no_grad():
-        nets[1](nets[0](torch.randn(64, config.z_dim)))
+        nets[1](nets[0](torch.randn(64, config.z_dim), *labels), *labels)
     for m in norms:
         x, y = (t.transpose(0, 1).flatten(1) for t in seen[m])
         torch.testing.assert_close(m.running_mean, 0.1 * x.mean(1), rtol=1e-3, atol=1e-5)

@@ -191,6 +191,13 @@ def test_prdc_on_a_line() -> None:
     assert got == (0.5, 0.75, 1.0, 0.75)  # the fake balls, radius 1 around 0.5 and 1.5, hold 0, 1, 2
 
 
+def test_precision_and_recall_are_not_swapped() -> None:
+    """The fault: which is which hangs on the order of two arguments. Half of the law, well made, has precision 1."""
+    near, far = features(100, 1), features(100, 2) + 100
+    assert prdc(real=torch.cat([near, far]), fake=near)[:2] == (1.0, 0.5)
+    assert prdc(fake=torch.cat([near, far]), real=near)[:2] == (0.5, 1.0)
+
+
 def test_one_sample_far_away_does_not_blind_prdc() -> None:
     real, fake = features(200, 1), features(200, 2)
     far = torch.cat([fake, torch.full_like(fake[:1], 1e8)])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gankern.training import TrainConfig, Trainer, checkpoint
+from gankern.training import PRESETS, TrainConfig, Trainer, checkpoint
 from gankern.training.combinations import idle
 from gankern.training.graph import Eager
 from tests import small
@@ -284,6 +284,19 @@ def test_vae_term_and_its_gradients(reconstruct: str) -> None:
     assert not any(torch.equal(p, q) for p, q in zip(technique.encoder.parameters(), old, strict=True))
 
 
+@pytest.mark.parametrize("width", [16, 64])
+def test_preset_vae_gan_is_led_by_the_critic_too(width: int) -> None:
+    """A fault: the squares of thousands of features, not scaled down, and the critic's part is a thousandth of the gradient."""
+    settings = dataclasses.replace(PRESETS["vae-gan"].config, batch_size=16, conv_width=width)
+    torch.manual_seed(0)
+    t = Trainer(*PRESETS["vae-gan"].build(settings, (1, 28, 28)), settings)
+    x = torch.rand(16, 1, 28, 28) * 2 - 1
+    terms = t.critic.generator(t.fake(t.noise(16)), x).loss, t.techniques["reconstruction"].term(x, x)
+    sizes = [torch.nn.utils.get_total_norm(torch.autograd.grad(term, list(t.generator.parameters()))) for term in terms]
+    assert 0.1 < sizes[1] / sizes[0] < 10
+    assert settings.kl == 2 * settings.reconstruction  # the lower bound's ratio at unit variance
+
+
 def test_vae_learns_to_encode_what_the_generator_makes() -> None:
     """On two points, far apart, the reconstruction alone brings the error down."""
     t = small.trainer(small.config("gan", **PLAIN, reconstruction=1.0, kl=0.01, lr_g=5e-3, g_widths=(32,), batch_size=16))
@@ -413,7 +426,8 @@ def test_techniques_with_a_critic_that_tells_the_class(term: str) -> None:
         ({"arch": "acgan", "generator_loss": "matching"}, "generator_loss must be another with --arch acgan"),
         ({"arch": "tabular", "batch_size": 1}, "batch_size must be >= 2 with BatchNorm"),
         ({"loss": "ebgan", "batch_size": 1}, "batch_size must be >= 2 with --pulling-away-weight"),
-        ({"kl": 0.1}, "kl must be 0 without --reconstruction"),
+        ({"kl": 0.1}, "kl must be 0 with --reconstruction 0"),
+        ({"penalty": "gp", "clip_weights": 0.1}, "clip_weights must be 0 with --penalty gp"),
         ({"kl": 0.1, "reconstruction": 1.0, "latent": "uniform"}, "latent must be normal with --kl"),
         ({"loss": "ebgan", "reconstruction": 1.0, "reconstruct": "features"}, "reconstruct must be pixels with --loss ebgan"),
         ({"arch": "cgan", "reconstruction": 1.0}, "reconstruction must be 0 with --arch cgan"),

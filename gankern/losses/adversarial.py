@@ -24,7 +24,7 @@ class GANLoss(nn.Module):
     The labels of the critic are its alone: by default the generator aims at real samples' 1 (Salimans et al. 2016, section 3.4,
     smooth nothing but the critic's positive targets). The attributes real_label and fake_label may be set to tensors, one target a
     logit, for the calls that follow. For "lsgan" the labels fake_label, real_label and generator_label are the a,
-    b and c of Mao et al. 2017, any finite numbers: (0, 1, 1) by default, (-1, 1, 0) minimises the Pearson divergence.
+    b and c of Mao et al. 2017, any finite numbers: (0, 1, 1) by default; "lsgan-pearson" is (-1, 1, 0) by itself.
 
     Raises:
         ValueError, TypeError: an argument out of its range.

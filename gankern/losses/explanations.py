@@ -46,11 +46,11 @@ class Explanation(NamedTuple):
     scores: tuple[str, ...] = ("D(x)", "D(G(z))")
 
 
-_STRONG = (
-    "D(x) near 1, D(G(z)) near 0: the critic has won. Add --instance-noise 0.1 or --d-dropout 0.3, bound it (--penalty r1, "
-    "--spectral-norm), or lower --lr-d."
-)
-_WINS = f"{_STRONG} Or smooth its labels: --label-smoothing 0.9."
+_WEAKEN = "Add --instance-noise 0.1 or --d-dropout 0.3, bound it (--penalty r1, --spectral-norm), or lower --lr-d."
+_SMOOTH = "Or smooth its labels: --label-smoothing 0.9."
+_STRONG = f"D(x) near 1, D(G(z)) near 0: the critic has won. {_WEAKEN}"
+_WINS = f"{_STRONG} {_SMOOTH}"
+_APART = f"d_loss near 0, g_loss far above its equilibrium: the critic has won. {_WEAKEN} {_SMOOTH}"
 _LOST = (
     "d_loss stays at its equilibrium while the pictures are bad: the critic learns nothing. Raise --lr-d, --n-critic or its widths."
 )
@@ -145,6 +145,15 @@ EXPLANATIONS: dict[str, Explanation] = {
         ("g_loss near 1/2, d_loss near 0: the critic has won. Add --instance-noise 0.1, --spectral-norm, or lower --lr-d.",
          _LOST, _COLLAPSE, _SWINGS),
     ),
+    "lsgan-pearson": Explanation(
+        "least squares that minimise a Pearson divergence: logits aim at 1 and -1",
+        "1/2 mean (a_r - 1)² + 1/2 mean (a_f + 1)²", "1/2 mean a_f²",
+        'Mao et al., "Least squares generative adversarial networks", ICCV 2017, eq. 2 and 8',
+        "Both losses >= 0; d_loss 0 where the critic is always right, g_loss 0 where it cannot tell.",
+        Value(1.0), Value(0.0), _HALF, _HALF,
+        ("g_loss near 1/2, d_loss near 0: the critic has won. Add --instance-noise 0.1, --spectral-norm, or lower --lr-d.",
+         _LOST, _COLLAPSE, _SWINGS),
+    ),
     "hinge": Explanation(
         "logits beyond 1 and -1 cost the critic nothing", "mean max(0, 1 - a_r) + mean max(0, 1 + a_f)", "-mean a_f",
         'Lim and Ye, "Geometric GAN", 2017; Miyato et al., "Spectral normalization", ICLR 2018, eq. 16 and 17',
@@ -178,7 +187,7 @@ EXPLANATIONS: dict[str, Explanation] = {
     ),
     "relativistic": _relativistic(
         "each real sample against one fake one", "mean sp(-(a_r - a_f))", "mean sp(-(a_f - a_r))", "eq. 8 and 9",
-        Value(LOG2, "log 2"), _WINS, _LOST, _SWINGS,
+        Value(LOG2, "log 2"), _APART, _LOST, _SWINGS,
     ),
     "relativistic-lsgan": _relativistic(
         "pairs, least squares", "1/2 mean (a_r - a_f - 1)²", "1/2 mean (a_f - a_r - 1)²", "eq. 8 and 9 with squares",
@@ -190,7 +199,7 @@ EXPLANATIONS: dict[str, Explanation] = {
     ),
     "relativistic-average": _relativistic(
         "each sample against the other half's mean", "mean sp(-(a_r - mean a_f)) + mean sp(a_f - mean a_r)",
-        "mean sp(a_r - mean a_f) + mean sp(-(a_f - mean a_r))", "eq. 14 and 15", Value(2 * LOG2, "2 log 2"), _WINS, _LOST, _SWINGS,
+        "mean sp(a_r - mean a_f) + mean sp(-(a_f - mean a_r))", "eq. 14 and 15", Value(2 * LOG2, "2 log 2"), _APART, _LOST, _SWINGS,
     ),
     "relativistic-average-lsgan": _relativistic(
         "averages, least squares", "1/2 mean (a_r - mean a_f - 1)² + 1/2 mean (a_f - mean a_r + 1)²",
@@ -270,7 +279,7 @@ def expected(objective: str, real_label: float = 1.0, fake_label: float = 0.0, m
     if (real_label, fake_label) == (1.0, 0.0) or objective not in OBJECTIVES or OBJECTIVES[objective].relative != "no":
         return values
     aim = torch.tensor([(real_label + fake_label) / 2] * 2, dtype=torch.float64)
-    logits = aim if objective == "lsgan" else aim.logit()
+    logits = aim if objective == "lsgan" else 2 * aim - 1 if objective == "lsgan-pearson" else aim.logit()
     critic = gan_loss(logits, n_real=1, objective=objective, real_label=real_label, fake_label=fake_label)
     generator = gan_loss(None, logits, objective, "generator")
     numbers = (critic.value, generator.value, critic.d_real, critic.d_fake)

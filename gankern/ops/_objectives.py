@@ -194,6 +194,8 @@ OBJECTIVES = {
     "maximum-likelihood": _critic("bce", Part("kl", -math.e, 0.0)),
     # Mao et al. 2017, eq. 2, with b = real_label, a = fake_label and, on the generator's side, c = real_label
     "lsgan": _critic("square", Part("square", 1.0, "real")),
+    # Mao et al. 2017, eq. 8, with (a, b, c) = (-1, 1, 0): the generator minimises a Pearson divergence
+    "lsgan-pearson": _critic("square-sides", Part("square", 1.0, 0.0)),
     # Lim and Ye 2017; Miyato et al. 2018, eq. 16 and 17
     "hinge": _critic("hinge", Part("linear", 1.0, "real")),
     # Arjovsky et al. 2017, algorithm 1

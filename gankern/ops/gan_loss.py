@@ -165,6 +165,7 @@ def gan_loss(
         minimax                      the same                               -sp(a_f)                 2 log 2, -log 2
         maximum-likelihood           the same                               -exp(a_f)                2 log 2, -1
         lsgan                        (a_r - b)^2/2 + (a_f - a)^2/2          (a_f - c)^2/2            1/4, 1/8 at a = 1/2
+        lsgan-pearson                (a_r - 1)^2/2 + (a_f + 1)^2/2          a_f^2/2                  1, 0
         hinge                        max(0, 1 - a_r) + max(0, 1 + a_f)      -a_f                     2, 0
         wgan                         a_f - a_r                              -a_f                     0, any
         fgan-kl                      -a_r + exp(a_f - 1)                    -exp(a_f - 1)            0, -1 at a = 1

@@ -63,6 +63,8 @@ def check(c: TrainConfig) -> None:
         _refuse("batch_size", "be >= 2 with --pulling-away-weight, which compares samples", 1)
     if c.loss in ("wgan", "mmd-gan") and c.penalty == "none" and not c.spectral_norm and not c.clip_weights:
         _refuse("loss", "have a bounded critic: --penalty, --spectral-norm or --clip-weights", f"{c.loss} alone")
+    if c.clip_weights and c.penalty in ("gp", "dragan"):
+        _refuse("clip_weights", f"be 0 with --penalty {c.penalty}, which bounds the critic in its place", c.clip_weights)
     if c.loss == "mmd":
         for field, off in NO_CRITIC.items():
             if getattr(c, field) != off:
@@ -151,7 +153,7 @@ def _check_techniques(c: TrainConfig) -> None:
         if getattr(c, field) and c.arch in CONDITIONAL:
             _refuse(field, f"be 0 with --arch {c.arch}, whose fakes have classes", getattr(c, field))
     if c.kl and not c.reconstruction:
-        _refuse("kl", "be 0 without --reconstruction, which has the encoder", c.kl)
+        _refuse("kl", "be 0 with --reconstruction 0, which leaves no encoder", c.kl)
     if c.kl and c.latent != "normal":
         _refuse("latent", "be normal with --kl, the divergence from N(0, 1)", c.latent)
     if c.reconstruction and c.reconstruct == "features" and c.objective not in OBJECTIVES:

@@ -81,6 +81,7 @@ FORMULAS: dict[str, tuple[Formula, Formula]] = {
     "minimax": (lambda r, f: (sp(-r), sp(f)), lambda r, f: (None, -sp(f))),
     "maximum-likelihood": (lambda r, f: (sp(-r), sp(f)), lambda r, f: (None, -torch.exp(f))),
     "lsgan": (lambda r, f: ((r - 1) ** 2 / 2, f**2 / 2), lambda r, f: (None, (f - 1) ** 2 / 2)),
+    "lsgan-pearson": (lambda r, f: ((r - 1) ** 2 / 2, (f + 1) ** 2 / 2), lambda r, f: (None, f**2 / 2)),
     "hinge": (lambda r, f: (relu(1 - r), relu(1 + f)), lambda r, f: (None, -f)),
     "wgan": (lambda r, f: (-r, f), lambda r, f: (None, -f)),
     **{f"fgan-{name}": f_gan(name, False) for name in F_GAN},
@@ -211,6 +212,7 @@ EQUILIBRIUM: dict[str, tuple[float, float, float]] = {
     "minimax": (0, 2 * LOG2, -LOG2),
     "maximum-likelihood": (0, 2 * LOG2, -1),
     "lsgan": (0.5, 0.25, 0.125),
+    "lsgan-pearson": (0, 1, 0),
     "hinge": (0, 2, 0),
     "wgan": (0, 0, 0),
     "fgan-kl": (1, 0, -1),
@@ -252,6 +254,7 @@ P, Q = [1, 2, 5], [4, 3, 1]  # of 8 samples, how many lie in each of three state
 OPTIMA: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = {
     "non-saturating": (math.log, lambda u: u * math.log(u) - (1 + u) * math.log(1 + u)),
     "lsgan": (lambda u: u / (1 + u), lambda u: -u / (1 + u) / 2),
+    "lsgan-pearson": (lambda u: (u - 1) / (u + 1), lambda u: -2 * u / (1 + u)),
     "fgan-kl": (lambda u: 1 + math.log(u), lambda u: u * math.log(u)),
     "fgan-reverse-kl": (math.log, lambda u: -math.log(u)),
     "fgan-pearson": (lambda u: 2 * (u - 1), lambda u: (u - 1) ** 2),

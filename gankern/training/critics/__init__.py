@@ -96,7 +96,7 @@ def _plain(net: nn.Module, config: TrainConfig, rng: torch.Generator, one_pass: 
             checks.fail(ValueError, OP, "arch", f"be autoencoder or conv-autoencoder with --loss {config.loss}", config.arch)
         return (EBGAN if config.loss == "ebgan" else BEGAN)(net, config, one_pass)
     if reconstructs:
-        wanted = "be ebgan, began, mmd or mmd-gan with --arch autoencoder, which gives no logits"
+        wanted = f"be ebgan, began, mmd or mmd-gan with --arch {config.arch}, which gives no logits"
         checks.fail(ValueError, OP, "loss", wanted, config.loss)
     gathers = distributed.joined() and OBJECTIVES[config.objective].relative == "average"
     loss = (Gathered if gathers else GANLoss)(config.objective, config.label_smoothing, config.fake_label)
