@@ -440,11 +440,13 @@ def compare(op: Op, arguments: Arguments, ways: list[str]) -> None:
 
 def cancelling(op: Op, arguments: Arguments) -> tuple[float, float]:
     """The size of what is added up to results and to gradients, and may cancel."""
-    objective, n = str(arguments.get("objective")), math.prod(getattr(arguments.get("real"), "shape", ()))
-    # Jensen-Shannon's value is less log 2, Hellinger's less 1
-    result = ("jensen" in objective or "hellinger" in objective) * (n if arguments.get("reduction") == "sum" else 1.0)
-    # Of samples that are all alike: a mean of slopes, distances from a Gram matrix, or layers of numbers up to 2
-    return result, {"gan_loss": 4.0, "mmd2": 64.0, "mlp_critic": 64.0, "spectral_norm": 16.0}.get(op.name, 0.0)
+    objective, reduction, real = str(arguments.get("objective")), arguments.get("reduction"), arguments.get("real")
+    # Jensen-Shannon's value is less log 2, Hellinger's less 1; Wasserstein's is a sum of logits
+    result = float("jensen" in objective or "hellinger" in objective)
+    if op.name == "gan_loss" and isinstance(real, Tensor) and reduction != "none":
+        result = max(result, size(real)) * (real.numel() if reduction == "sum" else 1)
+    # Of samples that are all alike: means of thousands of slopes, distances from a Gram matrix, layers of numbers up to 2
+    return result, 64.0 * (op.name in ("gan_loss", "mmd2", "mlp_critic", "spectral_norm"))
 
 
 def described(arguments: Arguments) -> str:
