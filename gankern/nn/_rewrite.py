@@ -84,7 +84,7 @@ def rewrite(function: Any) -> tuple[FunctionType, list[Site]]:
 
 
 def changed_in_place(function: Any, attribute: str) -> str:
-    """The variable that keeps what a method (one that `rewrite` takes) makes of self.attribute, if the method changes it in place."""
+    """The variable in which a method that `rewrite` takes keeps what it makes of self.attribute, if it changes it in place."""
     _, method = _parse(function)
     rewriter = Rewriter(function)
     rewriter.scan(method.body)
