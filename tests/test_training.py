@@ -85,6 +85,12 @@ def test_loss_refuses(arguments: dict[str, Any], sentence: str) -> None:
         GANLoss(**arguments)
 
 
+def test_loss_is_not_called_like_a_criterion() -> None:
+    sentence = r"what is called must be .discriminator\(real, fake\) or .generator\(fake\), got the module itself"
+    with pytest.raises(TypeError, match=f"^GANLoss: {sentence}$"):
+        GANLoss()(torch.zeros(2), torch.ones(2))
+
+
 def test_least_squares_with_both_choices_of_labels() -> None:
     real, fake = torch.tensor([0.3, -1.0, 2.0]), torch.tensor([0.5, -0.2])
     for a, b, c in ((0, 1, 1), (-1, 1, 0)):
