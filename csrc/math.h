@@ -189,7 +189,7 @@ GK_HD Term<T> term(T a, T t) {
     return mix(t, guarded_decay(a, T(1)), fake);
   } else {
     Term<T> b = bce(a, t);
-    b.value -= T(0.69314718055994530942);
+    b.value -= log1p_unit(T(1));  // log 2, and 0 at a = 0 to the bit: a last bit more at every logit would add up in a sum
     return b;
   }
 }

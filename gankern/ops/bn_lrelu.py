@@ -203,6 +203,8 @@ def _native(
         return leaky_relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), slope)
     if x.numel() == 0:  # which PyTorch's own refuses without channels
         return reference(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
+    if not all(t is None or t.is_contiguous() for t in (weight, running_mean, running_var)):  # its CPU backward reads other numbers
+        return reference(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
     if weight is None and bias is not None:  # its double backward would lose the derivative of the gradient of bias
         return reference(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
     if not training:

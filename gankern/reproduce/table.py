@@ -176,7 +176,8 @@ def markdown(table: Table, content: dict[str, Any]) -> str:
     for row in content["rows"]:
         cells = [cell for m in table.metrics for cell in (spread(row["own"][m]), row["published"].get(m, "") or "-")]
         lines.append(_line([row["name"], str(row["steps"]), *cells, f"{statistics.fmean(row['seconds']):.0f}"]))
-    lines += ["", f"Mean ± sample standard deviation over {len(content['rows'][0]['seeds'])} trials.", ""]
+    trials = len(content["rows"][0]["seeds"])
+    lines += ["", f"Mean ± sample standard deviation over {trials} trials." if trials > 1 else "One trial a row.", ""]
     lines += [f"- {'holds' if claim['holds'] else '**does not hold**'}: {claim['claim']}" for claim in content["claims"]]
     minutes, machine = content["seconds"] / 60, content["machine"]
     processes = "one process" if content["workers"] == 1 else f"{content['workers']} processes"

@@ -71,7 +71,7 @@ def _term(a, t, CODE: tl.constexpr):
         q = 1.0 / (1.0 + e)
         value = tl.maximum(a, 0.0) - t * a + _log1p_unit(e)
         if CODE == 9:
-            value = value - 0.6931471805599453
+            value = value - _log1p_unit(one)  # log 2; 0 at a = 0 to the bit
         slope = tl.where(a >= 0, q, e * q) - t
         curvature = e * q * q
     elif CODE == 1:  # linear

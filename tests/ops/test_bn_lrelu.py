@@ -355,6 +355,36 @@ def test_strided_running_averages(backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+def spread(t: Tensor) -> Tensor:
+    """The same numbers, each with a NaN after it in memory."""
+    return torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
+
+
+@MODES
+@pytest.mark.parametrize("strided", range(4), ids=["mean", "var", "weight", "bias"])
+def test_strided_parameters_and_averages_of_the_automatic_choice(strided: int, training: bool) -> None:
+    def gradients(fn: Fn, *tensors: Tensor) -> tuple[Tensor, ...]:
+        mean, var, *leaves = (t.detach() for t in tensors)
+        w, b, x = (t.requires_grad_() for t in leaves)
+        first = torch.autograd.grad(fn(x, mean, var, w, b, training).square().sum(), (x, w, b), create_graph=True)
+        return first + torch.autograd.grad(sum(g.square().sum() for g in first), (x, w, b))
+
+    x, w, b = make((6, 3))
+    contiguous = [*averages(3), w, b, x]
+    spoiled = [spread(t) if i == strided else t for i, t in enumerate(contiguous)]
+    torch.testing.assert_close(gradients(gankern.bn_lrelu, *spoiled), gradients(definition, *contiguous))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU")
+def test_strided_weight_of_eager_is_misread() -> None:
+    """Why the automatic choice does not give them to PyTorch's batch_norm. When this fails, PyTorch has been mended."""
+    x, w, _ = make((6, 3))
+    x.requires_grad_()
+    right, wrong = (torch.autograd.grad(F.batch_norm(x, None, None, t, None, True).square().sum(), x)[0] for t in (w, spread(w)))
+    assert right.isfinite().all()
+    assert wrong.isnan().any()
+
+
 def test_running_averages_stay_in_evaluation_and_parameters_always(backend: str) -> None:
     x, w, b = make((6, 3))
     tensors = (*averages(3), w, b, x)
