@@ -75,10 +75,9 @@ def _fid(real: Samples, fake: Samples, law: Law, seed: int) -> dict[str, float]:
 
 
 def _kid(real: Samples, fake: Samples, law: Law, seed: int) -> dict[str, float]:
-    features = {"real": real.seen.features, "fake": fake.seen.features}
-    if min(map(len, features.values())) <= SUBSET:  # a subset is all there is, and varies by nothing
-        return {"kid": kid_full(**features)}
-    found = kid(**features, subset_size=SUBSET, seed=seed)
+    if min(len(real.samples), len(fake.samples)) <= SUBSET:  # a subset is all there is, and varies by nothing
+        return {"kid": kid_full(real=real.seen.features, fake=fake.seen.features)}
+    found = kid(real=real.seen.features, fake=fake.seen.features, subset_size=SUBSET, seed=seed)
     return {"kid": found.mean, "kid_std": found.std}
 
 
