@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -277,9 +278,58 @@ def test_no_whole_checkpoint_is_refused_in_one_sentence(images: Path, run: Path,
     assert f"checkpoint: {saved(run, 6)} must be undamaged" in capsys.readouterr().err
 
 
+def test_newest_checkpoint_that_may_be_good_is_not_passed_over(
+    images: Path, run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To go back would remove it: of a later gankern, of another program, or not to be read at the moment."""
+
+    def refusal() -> str:
+        before = {p.name: p.read_bytes() for p in run.iterdir() if p.name != ".lock" and p.is_file()}
+        capsys.readouterr()
+        assert train(images, run.parent, "--steps", "20", "--resume", "auto") == 2
+        assert {p.name: p.read_bytes() for p in run.iterdir() if p.name != ".lock" and p.is_file()} == before
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        return err
+
+    state = checkpoint.load(saved(run, 9))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", 3)
+        checkpoint.save(saved(run, 9), state)
+    assert f"checkpoint: {saved(run, 9)} must have format 2, got 3\n" in refusal()
+    save_file({"x": torch.ones(2)}, saved(run, 9))
+    assert f"checkpoint: {saved(run, 9)} must be written by gankern, got another safetensors file\n" in refusal()
+    opened = safetensors.safe_open
+
+    def none_left(path: Path, **options: Any) -> Any:
+        if path == saved(run, 9):
+            raise OSError(24, "Too many open files")
+        return opened(path, **options)
+
+    monkeypatch.setattr(safetensors, "safe_open", none_left)
+    assert f"checkpoint: {saved(run, 9)} must be readable, got: Too many open files\n" in refusal()
+
+
+def test_checkpoints_are_those_when_the_lock_is_had(
+    images: Path, run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that had the run saves a last one, and lets it go."""
+    saved(run, 9).rename(run.parent / "last")
+    locked = RunDir.locked
+
+    def later(self: RunDir) -> Any:
+        (run.parent / "last").rename(saved(run, 9))
+        saved(run, 6).unlink()
+        return locked(self)
+
+    monkeypatch.setattr(RunDir, "locked", later)
+    assert train(images, run.parent, "--steps", "9", "--resume", "auto") == 0
+    assert "is finished: 9 steps made" in capsys.readouterr().out
+
+
 def test_checkpoint_of_another_device_or_data_is_refused(images: Path, run: Path, capsys: Capture) -> None:
     def refusal(change: Callable[[dict[str, Any]], object]) -> str:
-        state = checkpoint.load(saved(run, 6))
+        state = checkpoint.load(saved(run, 6)) | {"step": 10}
         change(state)
         checkpoint.save(saved(run, 10), state)
         capsys.readouterr()
@@ -306,6 +356,24 @@ def test_logs_are_healed_at_resume(images: Path, run: Path, whole: Path) -> None
     assert (run / "other.jsonl").read_text() == '{"step": 6, "value": 1.5}\n'
     assert saved(run, 9).read_bytes() == saved(whole, 9).read_bytes()
     assert not list(run.glob(".tmp-*"))
+
+
+def test_rows_that_are_none_of_the_run_are_passed_over(images: Path, run: Path, whole: Path) -> None:
+    """Of a log that was changed by hand, or by another version: the run goes on, and its curves are drawn."""
+    huge = "1" + 400 * "0"
+    for name, lines in (
+        ("log", ['"time_s": "x"', '"d_loss": NaN', f'"d_loss": {huge}', '"d_loss": 1e308, "g_loss": 1, "d_real": 1, "d_fake": 1']),
+        ("vitals", ['"spread": 1', '"spread": [1], "nn_real": {}, "nn_fake": 1', f'"spread": {huge}, "nn_real": 1, "nn_fake": 1']),
+        ("vitals", ['"spread": 1, "nn_real": 1, "nn_fake": 1, "new": 1, "shares": ["x"]']),
+        ("vitals", ['"spread": 1, "nn_real": 1, "nn_fake": 1, "shares": [1, 2]']),
+        ("metric-1nn", ['"value": "x"', '"value": NaN', f'"value": {huge}']),
+    ):
+        with (run / f"{name}.jsonl").open("a") as file:
+            file.writelines(f'{{"step": 8, {line}}}\n' for line in lines)
+    more = ("--metrics", "1nn", "--metric-every", "1", "--metric-samples", "40", "--keep-best", "1nn", "--health-every", "1")
+    assert train(images, run.parent, "--steps", "12", *more, "--resume", "auto") == 0
+    assert [row["step"] for row in RunDir(run).numbers("vitals.jsonl")][-3:] == [10, 11, 12]
+    assert [row for row in RunDir(run).numbers() if "d_loss" in row][:9] == RunDir(whole).numbers()
 
 
 def test_two_processes_cannot_train_one_run(images: Path, run: Path, capsys: Capture) -> None:

@@ -29,8 +29,10 @@ from safetensors.torch import save_file
 
 import gankern
 from gankern.cli.common import Refused, refusing
+from gankern.cli.main import main
 from gankern.cli.train import prepare
 from gankern.data import Batches, Dataset, load
+from gankern.report import show
 from gankern.training import PRESETS, TrainConfig, checkpoint
 from gankern.training.export import KEY
 from gankern.training.run_dir import RunDir
@@ -367,7 +369,10 @@ def test_state_of_a_resumed_run(box: Path, whole: Path) -> None:
 
     resume()  # the others differ from this one alone
     for key, value, sentence in (
-        ("step", "1", "step must be an int"),
+        ("step", "1", "must hold the step in its name, got '1'"),
+        ("step", True, "step must be an int"),
+        ("step", 2, "must hold the step in its name, got 2"),
+        ("watch.rollbacks", "x", "rollbacks must be an int"),
         ("more", 1, "state must not have the entry more"),
         ("generator.0.weight", torch.zeros(1), "generator.0.weight must be torch.float32"),
         ("rng.noise", torch.zeros(5056, dtype=torch.uint8), ""),
@@ -400,6 +405,20 @@ def test_links_in_a_run_that_is_continued(box: Path, whole: Path) -> None:
         with pytest.raises(ValueError, match=f"must hold no symbolic link when it is continued, got {name}"):
             RunDir(box / "run").locked()
         assert other.read_text() == "mine"
+
+
+def test_pipes_in_a_run(box: Path, whole: Path) -> None:
+    """Nobody writes to them: they are not there."""
+    shutil.copytree(whole, box / "run")
+    for name in ("log.jsonl", "checkpoint-000002.safetensors", "fakes000001.png", "reals.png"):
+        os.mkfifo(box / "run" / name)
+    assert Trained(box / "run").path.name == CHECKPOINT
+    facts = show(box / "run").facts
+    assert (facts.rows, facts.frames, facts.reals) == ([], [], None)
+    (box / "run/config.json").unlink()
+    os.mkfifo(box / "run/config.json")
+    with pytest.raises(ValueError, match=r"must be a run directory with a config\.json"):
+        RunDir(box / "run")
 
 
 def test_log_with_other_lines(box: Path, whole: Path) -> None:
@@ -464,6 +483,16 @@ def test_any_bytes(name: str, box: Path) -> None:
             said.append(str(error))
     assert len(said) > 40
     assert all(words.startswith("data: ") for words in said)
+
+
+def test_samples_that_are_not_finite(box: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(whole, box / "run")
+    path = box / "run" / CHECKPOINT
+    state = checkpoint.load(path)
+    checkpoint.save(path, {k: v * float("nan") if k.startswith("ema.") else v for k, v in state.items()})
+    assert main(["sample", str(box / "run"), "--out", str(box / "x.npz")]) == 2
+    assert capsys.readouterr().err == f"gankern sample: samples of {path} must be finite, got NaN or infinity\n"
+    assert not (box / "x.npz").exists()
 
 
 def test_any_bytes_of_a_generator(box: Path) -> None:

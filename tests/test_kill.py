@@ -23,6 +23,7 @@ from gankern.training import pictures
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FLAGS = "--z-dim 4 --g-widths 8 --d-widths 16 8 --batch-size 16 --device cpu --ema 0.9 --g-norm batch --d-dropout 0.3 --log-every 1"
+FLAGS += " --health-every 4"
 EVERY = 3  # steps between checkpoints
 Start = Callable[[Path, int], list[str]]
 
@@ -99,7 +100,7 @@ def test_killed_run_ends_as_an_undisturbed_one(kills: int, number: signal.Signal
     steps, whole, cut = 6 * kills, tmp_path / "whole", tmp_path / "cut"
     assert status_of(fork(data, whole, steps)) == 0
     want = results(whole, steps)
-    assert {"log.jsonl", "losses.png", "fakes000008.png", f"checkpoint-{steps:06d}.safetensors"} <= want.keys()
+    assert {"log.jsonl", "vitals.jsonl", "losses.png", "fakes000008.png", f"checkpoint-{steps:06d}.safetensors"} <= want.keys()
     assert (data == "ring") == ({"modes.jsonl", "training.gif"} <= want.keys())
     chance = random.Random(kills)
 

@@ -367,6 +367,27 @@ def test_the_server_asks_a_checkpoint_once(server: watch.Server, monkeypatch: py
     assert asked == [Path(server.RequestHandlerClass.args[0].path)]  # type: ignore[attr-defined]
 
 
+def test_the_server_shows_what_it_can_of_a_strange_run(server: watch.Server, run: Path) -> None:
+    """Numbers without measure, a folder in place of a log, a picture that is a link out of the run."""
+    run.parent.joinpath("outside.png").write_bytes((run / "reals.png").read_bytes())
+    before = get(server)[1].count("data:image/png")
+    for name in ("fakes000020.png", "reals.png"):
+        (run / name).unlink()
+        (run / name).symlink_to(run.parent / "outside.png")
+    assert get(server)[1].count("data:image/png") == before - 2
+    huge = "1" + 400 * "0"
+    (run / "log.jsonl").write_text(f'{{"step": {huge}, "d_loss": 1}}\n{{"step": 3, "d_loss": {huge}}}\n')
+    assert json.loads(get(server, "/state.json")[1])["words"].startswith("live: step 3 of 20")
+    (run / "log.jsonl").unlink()
+    (run / "log.jsonl").mkdir()
+    assert json.loads(get(server, "/state.json")[1])["words"].startswith("live: step 0 of 20")
+    assert get(server)[0] == 200
+    (run / "config.json").unlink()
+    (run / "config.json").symlink_to("config.json")
+    status, text = get(server)
+    assert (status, text.count("\n")) == (503, 1)
+
+
 def test_a_run_that_is_removed_is_one_sentence(server: watch.Server, run: Path) -> None:
     shutil.rmtree(run)
     status, text = get(server)

@@ -19,8 +19,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from gankern.cli.fit import Reporter
 from gankern.cli.main import train_main
 from gankern.training import Trainer, checkpoint
+from gankern.training.run_dir import RunDir
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,6 +107,21 @@ def test_signal_in_the_loop_saves_and_says_how_to_resume(
     assert said is not None
     assert train_main(shlex.split(said[1])) == 0
     assert_same_end(tmp_path / NAME, whole, 23)
+
+
+def test_signal_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn and logged of step 0 is there once when the run goes on."""
+    begin, more = Reporter.begin, ("--limit", "100", "--steps", "2", "--no-report", "--resume", "auto")
+
+    def signalled(self: Reporter) -> None:
+        begin(self)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporter, "begin", signalled)
+        assert train_main(words(Path("ring"), tmp_path, *more)) == 143
+    assert train_main(words(Path("ring"), tmp_path, *more)) == 0
+    assert [row["step"] for row in RunDir(tmp_path / "00000-gan-ring-b16").rows("modes.jsonl")] == [0, 2]
 
 
 def test_ctrl_c_and_resume_equal_a_whole_run(images: Path, tmp_path: Path) -> None:

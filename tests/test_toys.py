@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -352,3 +353,24 @@ def test_film(tmp_path: Path) -> None:
             assert film.info.get("duration", 2000) == pytest.approx(pause, abs=10)  # the format has hundredths of a second
             film.seek(shown - 1)
             assert np.asarray(film.convert("RGB"))[:, 0, 0].tolist() == [255 * (row == (count - 1) % 8) for row in range(8)]
+
+
+def test_film_of_what_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a picture, PostScript (for which Pillow would start a program), another size: left out."""
+
+    def start(*_: object, **__: object) -> None:
+        raise AssertionError("a program was started")
+
+    for name in ("Popen", "check_call"):
+        monkeypatch.setattr(subprocess, name, start)
+    frames = [tmp_path / f"{i}.png" for i in range(6)]
+    for frame in frames:
+        pictures.save_png(frame, torch.randint(256, (8, 10, 3), dtype=torch.uint8))
+    frames[0].write_bytes(frames[0].read_bytes()[:90])
+    frames[1].write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 8\n%%EndComments\n(%pipe%id) (r) file\n%%EOF\n")
+    pictures.save_png(frames[2], torch.zeros(9, 10, 3, dtype=torch.uint8))
+    pictures.animate(tmp_path / "a.gif", frames)
+    with Image.open(tmp_path / "a.gif") as film:
+        assert getattr(film, "n_frames", 1) == 3
+    pictures.animate(tmp_path / "b.gif", frames[:2])
+    assert not (tmp_path / "b.gif").exists()

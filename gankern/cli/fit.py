@@ -25,7 +25,7 @@ from gankern.cli.measure import Measure
 from gankern.cli.progress import Progress
 from gankern.models import sample_latent
 from gankern.training import TrainConfig, Trainer, distributed, pictures
-from gankern.training.graph import Eager, Pending
+from gankern.training.graph import LOSSES, Eager, Pending
 from gankern.training.health import Sign
 from gankern.training.presets import flags
 from gankern.training.run_dir import HEALTH, MODES, RunDir
@@ -36,7 +36,7 @@ TAGS = {"d_loss": "loss", "g_loss": "loss", "d_real": "score", "d_fake": "score"
 
 
 class Ready(NamedTuple):
-    """All that `fit` needs; `seconds` is the training time before a resume."""
+    """All that `fit` needs; `seconds` is the training time before a resume, `watched` what the watchers had kept till then."""
 
     config: TrainConfig
     trainer: Trainer
@@ -46,6 +46,7 @@ class Ready(NamedTuple):
     run: RunDir
     seconds: float
     engine: Eager
+    watched: dict[str, Any]
 
 
 class Watcher(Protocol):
@@ -55,6 +56,9 @@ class Watcher(Protocol):
 
     def look(self, reporter: Reporter) -> str:
         """Look at the run as it is after a step. Returns why it must end here, in words, or ""."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps for it, which a resumed run finds in `Ready.watched`."""
 
 
 class Stop:
@@ -102,6 +106,7 @@ def fit(preset: str, ready: Ready) -> int:
     periods = [every for every in (config.log_every, config.sample_every, config.checkpoint_every) if every]
     periods = distributed.everyone(periods + [watcher.every for watcher in looking])[0]
     good = LastGood(ready)
+    reporter.keepers = [*looking, good]
     with Stop() as stop, reporter:
         if trainer.steps_done == 0:
             reporter.begin()
@@ -198,7 +203,8 @@ class Reporter:
         self.closing: dict[str, str] = {}  # what watchers have to say at the end
         self.best: tuple[str, dict[str, float]] | None = None  # metric and row that make this step the best, to be saved
         self.bad = ""  # what was not finite, and at which step
-        self.recent = deque[dict[str, float]](maxlen=256)  # rows of log.jsonl
+        self.keepers: list[Watcher | LastGood] = []  # whose state is a part of a checkpoint
+        self.recent = deque(self.rows(), 256)
         self.mark = time.perf_counter()
 
     def __enter__(self) -> Reporter:
@@ -208,6 +214,10 @@ class Reporter:
     def __exit__(self, *_: object) -> None:
         self.progress.__exit__()
         self.board.close()
+
+    def rows(self) -> list[dict[str, float]]:
+        """Those of log.jsonl; what is no row of this run's is passed over."""
+        return [row for row in self.run.numbers() if row.keys() >= set(LOSSES)]
 
     @contextlib.contextmanager
     def off_the_clock(self) -> Any:
@@ -304,11 +314,12 @@ class Reporter:
         if step == self.saved_step:
             return
         with self.off_the_clock():
-            rows = self.run.rows()
+            rows = self.rows()
             if rows:
                 pictures.plot_losses(self.run.path / "losses.png", rows, self.run.path.name, self.progress.reader.names)
             self.board.flush()
             state = self.trainer.state_dict() | {f"data.{k}": v for k, v in self.batches.state_dict().items()}
+            state |= {f"watch.{k}": v for keeper in self.keepers for k, v in keeper.state().items()}
             self.run.save(state | self.streams | {"device": self.trainer.device.type}, self.config.keep, self.best)
         self.saved_step, self.best = step, None
 

@@ -24,9 +24,10 @@ class Health:
         self.every, self.ready = ready.config.health_every, ready
         self.monitor = Monitor(ready.config)
         self.examiner: Examiner | None = None
+        self.before = [value for key, value in ready.watched.items() if key.startswith("samples.")]
         for row in ready.run.rows(VITALS) if self.every else ():
-            shares = row.get("shares")
-            self.monitor.look(Vitals(**row | {"shares": tuple(shares) if isinstance(shares, list) else None}))
+            if (vitals := Vitals.read(row)) is not None:
+                self.monitor.look(vitals)
 
     def look(self, reporter: Reporter) -> str:
         ready, step = self.ready, self.ready.trainer.steps_done
@@ -35,6 +36,7 @@ class Health:
         with reporter.off_the_clock():
             if self.examiner is None:
                 self.examiner = Examiner(ready.trainer, ready.dataset, ready.classes)
+                self.examiner.go_on(self.before)
             if not self.examiner.scale:
                 return ""  # real samples that are all the same
             since = self.monitor.history[-1].step if self.monitor.history else 0
@@ -51,6 +53,10 @@ class Health:
                 reporter.warn(step, sign)
         return ""
 
+    def state(self) -> dict[str, Tensor]:
+        before = self.before if self.examiner is None else self.examiner.before
+        return {f"samples.{i}": points for i, points in enumerate(before)}
+
 
 class LastGood:
     """The state of a run when its losses were all finite, on the trainer's device, and the way back to it.
@@ -60,7 +66,7 @@ class LastGood:
     """
 
     def __init__(self, ready: Ready) -> None:
-        self.ready, self.used = ready, 0
+        self.ready, self.used = ready, ready.watched.get("rollbacks", 0)
         self._remember(ready.seconds)
 
     def keep(self, seconds: float) -> str:
@@ -75,10 +81,13 @@ class LastGood:
         self._remember(seconds)
         return ""
 
+    def state(self) -> dict[str, int]:
+        return {"rollbacks": self.used}
+
     def _remember(self, seconds: float) -> None:
         if self.ready.config.rollbacks:
             state = self.ready.trainer.state_dict()
-            self.state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+            self.good = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
             self.position, self.seconds = self.ready.batches.state_dict(), seconds
 
     def back(self, reporter: Reporter) -> bool:
@@ -95,8 +104,9 @@ class LastGood:
         step = trainer.steps_done
         reporter.rewind(step, self.seconds)
         saw = f"training diverged: {bad}; {cause}"
-        if self.used == config.rollbacks:
+        if self.used >= config.rollbacks:
             reporter.warn(step, Sign("divergence", f"{saw}; it has gone back {self.used} times", advice("divergence", config)))
+            self.used = 0  # whoever goes on from here has all of them again
             if step:
                 reporter.save()
             reporter.bad = bad
@@ -110,7 +120,7 @@ class LastGood:
         return True
 
     def _restore(self) -> None:
-        self.ready.trainer.load_state_dict(self.state)
+        self.ready.trainer.load_state_dict(self.good)
         self.ready.batches.load_state_dict(self.position)
 
     def _cause(self, bad: int) -> str:

@@ -52,6 +52,9 @@ class Measure:
         self._tell(reporter, trained)
         return "" if last else ended
 
+    def state(self) -> dict[str, float]:
+        return {}
+
     def _judge(self, reporter: Reporter, step: int, row: dict[str, float] | None) -> str:
         """Have a checkpoint kept if it is the best; the reason to end, if none has been for long enough.
 
@@ -59,7 +62,7 @@ class Measure:
         """
         name, patience = self.config.keep_best, self.config.stop_after
         rank, saved = METRICS[name].rank, dict(self.run.checkpoints())
-        earlier = [r for r in self.run.rows(metric_log(name)) if r["step"] < step and isinstance(r.get("value"), (int, float))]
+        earlier = [r for r in self.run.numbers(metric_log(name)) if r["step"] < step and "value" in r]
         self.best = min((r for r in earlier if r["step"] in saved), key=rank, default=None)
         if self.best is not None:
             self.run.mark_best(name, self.best)

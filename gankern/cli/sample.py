@@ -57,6 +57,8 @@ def command(arguments: list[str]) -> int:
         labels = None if options.label is None else torch.full((options.n,), options.label)
         trained.generator.to(device)
         samples = trained.sample(options.n, options.seed, labels)
+        if not samples.isfinite().all():
+            raise Refused(f"samples of {trained.path} must be finite, got NaN or infinity")
         table = run.table or Table.plain(run.shape[0])
         if images and (out.is_dir() or kind == ""):
             out.mkdir(parents=True, exist_ok=True)

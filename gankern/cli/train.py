@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import gankern
-from gankern import data
+from gankern import checks, data
 from gankern.cli.common import Parser, Refused, need, pick_device, refusing
 from gankern.cli.explain import Reader
 from gankern.cli.fit import Ready, fit, follow, to_resume
@@ -150,6 +150,8 @@ def prepare(preset: str, config: TrainConfig, held: contextlib.ExitStack) -> Rea
         config = dataclasses.replace(config, data=str(Path(config.data).expanduser().resolve()))
     run, saved, state, damaged = distributed.by_first(lambda: claim(preset, config, held))
     step = 0 if saved is None else run_dir.step_of(saved)
+    watched = {key.removeprefix("watch."): state.pop(key) for key in list(state) if key.startswith("watch.")}
+    checks.integer("resume", "rollbacks", watched.get("rollbacks", 0), 0)
     for sentence in damaged:
         print(f"{sentence}; going back to {saved}")
     if run is not None and step >= config.steps:
@@ -191,7 +193,7 @@ def prepare(preset: str, config: TrainConfig, held: contextlib.ExitStack) -> Rea
             held.enter_context(made.locked())
             print(f"new run {made.path}: {len(dataset)} {dataset.kind} of {dataset.name} {list(dataset.shape)}, on {device}")
             return made
-        run.rewind(step if saved else -1)
+        run.rewind(step or -1)  # a run that begins draws and logs step 0 anew
         run_dir.write_config(run.path, preset, config, dataset.shape, facts, classes, dataset.table)
         print(f"continuing {run.path} after step {step}" if saved else f"{run.path} has no checkpoint yet: starting it over")
         return run
@@ -209,17 +211,21 @@ def prepare(preset: str, config: TrainConfig, held: contextlib.ExitStack) -> Rea
         cost = precision.bf16_cost(device)
         if cost > 1.0:
             print(f"note: bfloat16 products take {cost:.1f} times as long as float32 ones on this CPU; --precision fp32 is faster")
-    seconds = max((row.get("time_s", 0.0) for row in run.rows()), default=0.0)
-    return Ready(config, trainer, batches, dataset, classes, run, seconds, engine)
+    seconds = max((row.get("time_s", 0.0) for row in run.numbers()), default=0.0)
+    return Ready(config, trainer, batches, dataset, classes, run, seconds, engine, watched)
 
 
 def claim(
     preset: str, config: TrainConfig, held: contextlib.ExitStack
 ) -> tuple[RunDir | None, Path | None, dict[str, Any], list[str]]:
     """The run to continue, locked; its newest checkpoint that is whole, with what that holds; and what is said of damaged ones."""
-    run, found = find_run(preset, config)
-    if run is not None and not config.dry_run:
+    path = find_run(preset, config)
+    if path is None:
+        return None, None, {}, []
+    run, found = run_dir.locate(path)
+    if not config.dry_run:
         held.enter_context(run.locked())
+        run, found = run_dir.locate(path)  # whoever had it till now may have saved and removed some
     return (run, *(checkpoint.load_newest(found) if found else (None, {}, [])))
 
 
@@ -233,28 +239,31 @@ def count_classes(config: TrainConfig, dataset: data.Dataset, run: RunDir | None
     return found
 
 
-def find_run(preset: str, config: TrainConfig) -> tuple[RunDir | None, list[Path]]:
-    """The run that --resume means, and its checkpoints, newest first, or the one that is named; None is a new run."""
+def find_run(preset: str, config: TrainConfig) -> Path | None:
+    """The run that --resume means, or the checkpoint; None is a new run."""
     if config.resume == "never":
-        return None, []
+        return None
     if config.resume == "auto":
         run = RunDir.newest(Path(config.outdir), preset, config.data)
         if run is None:
             print(f"no run of {preset} on {config.data} under {config.outdir} to continue: starting one")
-            return None, []
-        run, found = run_dir.locate(run.path)
+            return None
+        path = run.path
     else:
-        run, found = run_dir.locate(Path(config.resume))
+        path = Path(config.resume)
+        run, _ = run_dir.locate(path)
     if run.preset != preset:
         raise Refused(f"resume: preset must be {run.preset}, that of {run.path}, got {preset}")
     differences = run.config.differences(config)
     if differences:
         raise Refused(f"resume: settings must be those of {run.path}, got others in {', '.join(differences)}")
-    return run, found
+    return path
 
 
 def restore(trainer: Trainer, batches: data.Batches, saved: Path, state: dict[str, Any]) -> int:
     """Load the state of the checkpoint `saved` into trainer and sampler; returns how many processes had trained it."""
+    if state.get("step") != run_dir.step_of(saved):
+        raise ValueError(f"resume: {saved} must hold the step in its name, got {state.get('step')!r}")
     device = state.pop("device", None)
     if device != trainer.device.type:
         raise ValueError(f"resume: device must be {device}, whose random state {saved} holds, got {trainer.device.type}")

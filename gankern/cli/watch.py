@@ -15,7 +15,7 @@ from pathlib import Path
 from gankern.cli.common import Parser, Refused, need, refusing
 from gankern.data import Dataset
 from gankern.report import Shown, main, page
-from gankern.report.facts import Facts, numbers
+from gankern.report.facts import Facts
 from gankern.report.shown import show
 from gankern.training import run_dir
 from gankern.training.trained import load_data
@@ -82,7 +82,7 @@ class Live:
     def state(self) -> dict[str, str]:
         """What the page polls: its version, and in words how far the training is."""
         run = run_dir.RunDir(self.path)
-        rows, steps = numbers(run, run_dir.LOG), run.config.steps
+        rows, steps = run.numbers(), run.config.steps
         step = int(rows[-1]["step"]) if rows else 0
         words = f"live: step {step} of {steps}" if step < steps else f"finished: {steps} steps"
         age = time.time() - (self.path / (run_dir.LOG if rows else run_dir.CONFIG)).stat().st_mtime
@@ -113,21 +113,25 @@ class Handler(BaseHTTPRequestHandler):
         super().__init__(*arguments)  # type: ignore[arg-type]
 
     def do_GET(self) -> None:
-        port = self.server.server_port  # type: ignore[attr-defined]
         try:
-            if self.headers.get("Host", "") not in {f"{HOST}:{port}", f"localhost:{port}"}:
-                self.answer(403, "text/plain", f"Host must be {HOST}:{port}\n")
-            elif self.path == "/":
-                version = self.live.version()
-                self.answer(200, "text/html", page([self.live.shown()], version))
-            elif self.path == "/main.html":
-                self.answer(200, "text/html", main([self.live.shown()]))
-            elif self.path == "/state.json":
-                self.answer(200, "application/json", json.dumps(self.live.state()))
-            else:
-                self.answer(404, "text/plain", "there is only /\n")
-        except (FileNotFoundError, ValueError) as error:  # the run was removed
-            self.answer(503, "text/plain", f"{error}\n")
+            found = self.found()
+        except (OSError, ValueError) as error:  # the run was removed, or may not be read
+            found = 503, "text/plain", f"{error}\n"
+        self.answer(*found)
+
+    def found(self) -> tuple[int, str, str]:
+        """Status, kind and text of the answer."""
+        port = self.server.server_port  # type: ignore[attr-defined]
+        if self.headers.get("Host", "") not in {f"{HOST}:{port}", f"localhost:{port}"}:
+            return 403, "text/plain", f"Host must be {HOST}:{port}\n"
+        if self.path == "/":
+            version = self.live.version()
+            return 200, "text/html", page([self.live.shown()], version)
+        if self.path == "/main.html":
+            return 200, "text/html", main([self.live.shown()])
+        if self.path == "/state.json":
+            return 200, "application/json", json.dumps(self.live.state())
+        return 404, "text/plain", "there is only /\n"
 
     def answer(self, status: int, kind: str, text: str) -> None:
         body = text.encode()

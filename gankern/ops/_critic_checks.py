@@ -66,7 +66,7 @@ def check_layers(op: str, argument: str, x: Any, weights: Any, biases: Any, slop
 
 
 def _fits(t: Any, dtype: torch.dtype | None, device: torch.device) -> bool:
-    return isinstance(t, Tensor) and t.dtype == dtype and t.device == device
+    return isinstance(t, Tensor) and t.dtype == dtype and t.device == device and t.layout is torch.strided
 
 
 def check_penalty(op: str, weight: Any, target: Any, sided: Any) -> None:

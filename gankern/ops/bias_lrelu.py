@@ -60,6 +60,7 @@ def bias_lrelu(x: Tensor, bias: Tensor | None = None, negative_slope: float = 0.
             plain = bias is None or (bias.is_cpu and bias.dtype == x.dtype and bias.dim() == 1 and bias.size(0) == x.size(1))
             if (
                 plain
+                and x.layout is torch.strided
                 and x.dim() > 1
                 and x.dtype in checks.FLOATING
                 and type(negative_slope) in (float, int)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -36,7 +37,7 @@ from gankern.ops._function import apply
 from gankern.ops._layout import accumulate
 
 OP = "bn_lrelu"
-_INFINITY, _batch_norm, _cudnn = math.inf, torch.batch_norm, torch._C._get_cudnn_enabled
+_INFINITY, _LARGEST, _batch_norm, _cudnn = math.inf, sys.float_info.max, torch.batch_norm, torch._C._get_cudnn_enabled
 _NUMBER = (float, int)
 SMALL = 2**16  # elements up to which PyTorch's own calls are the automatic choice on the CPU: see `_choose`
 
@@ -137,13 +138,18 @@ def bn_lrelu(
     """
     if backend.automatic() and getattr(x, "is_cpu", False) and x.numel() <= SMALL:
         try:
-            flat = (weight is None or weight.dim() == 1) and (bias is None or bias.dim() == 1)  # batch_norm takes others too
-            for average in (running_mean, running_var):
-                flat = flat and (average is None or (average.dim() == 1 and average.is_floating_point()))
+            channels, dtype, flat = x.size(1), x.dtype, (running_mean is None) == (running_var is None)
+            for t in (weight, bias, running_mean, running_var):  # batch_norm takes others too
+                if t is not None:
+                    flat = flat and t.dim() == 1 and t.size(0) == channels and t.is_cpu
+                    flat = flat and (t.dtype == dtype or (t.dtype == torch.float32 and dtype.itemsize == 2))
+            if running_mean is not None and running_var is not None:
+                flat = flat and not (running_mean.requires_grad or running_var.requires_grad)
             flat = (
                 flat
-                and x.dtype in checks.FLOATING
+                and dtype in checks.FLOATING
                 and type(momentum) in _NUMBER
+                and -_LARGEST <= momentum <= _LARGEST
                 and type(eps) in _NUMBER
                 and type(negative_slope) in _NUMBER
             )
@@ -203,8 +209,14 @@ def _native(
         return leaky_relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), slope)
     if x.numel() == 0:  # which PyTorch's own refuses without channels
         return reference(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
-    if not all(t is None or t.is_contiguous() for t in (weight, running_mean, running_var)):  # its CPU backward reads other numbers
-        return reference(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
+    first: Tensor | None = None
+    for t in (weight, bias, running_mean, running_var):
+        if t is not None:
+            first = t if first is None else first
+            if (
+                t.dtype != first.dtype or not t.is_contiguous()
+            ):  # it refuses the ones; of the others its CPU backward reads the gaps
+                return reference(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
     if weight is None and bias is not None:  # its double backward would lose the derivative of the gradient of bias
         return reference(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
     if not training:
@@ -258,6 +270,8 @@ def _check(
             checks.shape(OP, argument, t, channels)
         if t.device != device:
             checks.same_device(OP, argument, t, device)
+        if t.requires_grad and argument.startswith("running"):
+            checks.fail(ValueError, OP, argument, "not require a gradient", "a tensor that does")
         if t.dtype != dtype and not (dtype.itemsize == 2 and t.dtype == torch.float32):
             wanted = f"have dtype {str(dtype).removeprefix('torch.')}{' or float32' * (dtype.itemsize == 2)}"
             checks.fail(TypeError, OP, argument, wanted, str(t.dtype).removeprefix("torch."))

@@ -92,13 +92,17 @@ def linear_lrelu(
         try:
             drops = training and dropout > 0.0
             native = not drops or (generator is None and _choose("cpu", dropout, _products(x, weight)) == "reference")
-            plain_bias = bias is None or (bias.dim() == 1 and bias.size(0) == weight.size(0))  # F.linear takes others too
+            # F.linear takes others too
+            plain_bias = bias is None or (
+                bias.dim() == 1 and bias.size(0) == weight.size(0) and bias.dtype == weight.dtype and bias.is_cpu
+            )
             numbers = type(negative_slope) in (float, int) and type(dropout) in (float, int)
             if (
                 native
                 and numbers
                 and plain_bias
                 and weight.dim() == 2
+                and weight.is_cpu
                 and 0.0 <= negative_slope < _INFINITY
                 and 0.0 <= dropout <= 1.0
             ):

@@ -121,6 +121,8 @@ def mlp_critic(
     check_rows(OP, "fake", fake, "real", real)
     checks.one_of(OP, "sample", sample, SAMPLES)
     checks.one_of(OP, "objective", objective, OBJECTIVES)
+    if OBJECTIVES[objective].relative == "pair" and len(fake) != len(real):
+        checks.fail(ValueError, OP, "fake", f"have {len(real)} samples, as real, to pair with", len(fake))
     if x_hat is not None:
         check_rows(OP, "x_hat", x_hat, "real", real)
         sample = "given"

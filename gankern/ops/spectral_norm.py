@@ -153,6 +153,8 @@ def _check(weights: Any, u: Any, v: Any, dims: Any, iterations: Any, eps: Any) -
             checks.same_device(OP, argument, vector, w.device)
             if vector.requires_grad:
                 checks.fail(ValueError, OP, argument, "not require a gradient", "a tensor that does")
+    if eps > torch.finfo(weights[0].dtype).max:
+        checks.fail(ValueError, OP, "eps", f"be a number that {weights[0].dtype} has", eps)
 
 
 def _kernels(name: str) -> ModuleType | Any:

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import io
 import json
-import math
 import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 from gankern.losses.explanations import EXPLANATIONS
 from gankern.training.presets import PRESETS, flags
 from gankern.training.quality import METRICS
-from gankern.training.run_dir import CONFIG, LOG, MODES, RunDir
+from gankern.training.run_dir import CONFIG, MODES, RunDir
 
 HEALTH = "health.jsonl"
 MOST_FRAMES = 40  # pictures of samples over time on one page, evenly taken
@@ -65,7 +64,7 @@ class Facts:
     def __init__(self, run: RunDir, frames: int = MOST_FRAMES) -> None:
         self.run, self.config = run, run.config
         self.content: dict[str, Any] = json.loads((run.path / CONFIG).read_text())
-        self.rows = numbers(run, LOG)
+        self.rows = run.numbers()
         found = [(s, p) for s, p in run.fakes() if s <= self.config.steps]
         if len(found) > frames:
             found = [found[round(i * (len(found) - 1) / (frames - 1))] for i in range(frames)]
@@ -102,11 +101,11 @@ class Facts:
         hidden = {"step", "time_s"} | (set() if self.scores else {"d_loss", "d_real", "d_fake"})
         names |= {"modes": "modes found", "high_quality": "share of samples within 3 s.d. of a mode", "reverse_kl": "reverse KL"}
         curves = {}
-        for rows in (self.rows, numbers(self.run, MODES)):
+        for rows in (self.rows, self.run.numbers(MODES)):
             for key in dict.fromkeys(key for row in rows for key in row if key not in hidden):
                 curves[key] = _curve(names.get(key, key.replace("_", " ")), rows, key)
         for path in sorted(self.run.path.glob("metric-*.jsonl")):
-            name, rows = path.stem.removeprefix("metric-"), numbers(self.run, path.name)
+            name, rows = path.stem.removeprefix("metric-"), self.run.numbers(path.name)
             for key in dict.fromkeys(key for row in rows for key in row if key not in ("step", "seconds")):
                 words = METRICS[name].value if key == "value" and name in METRICS else key.replace("_", " ")
                 curves[f"{path.stem} {key}"] = _curve(name if words in ("value", name) else f"{name}: {words}", rows, key)
@@ -122,21 +121,12 @@ def _curve(name: str, rows: list[dict[str, float]], key: str) -> Curve:
     return Curve(name, [int(row["step"]) for row in rows], [row[key] for row in rows])
 
 
-def numbers(run: RunDir, name: str) -> list[dict[str, float]]:
-    """The finite numbers of each row that has a step."""
-    found = []
-    for row in run.rows(name):
-        if isinstance(row, dict):
-            kept = {k: v for k, v in row.items() if type(v) in (int, float) and math.isfinite(v)}
-            if "step" in kept:
-                found.append(kept)
-    return found
-
-
 def _embed(path: Path) -> Picture | None:
-    """The picture of a file; None if there is none, or only half of one."""
+    """The picture of a file; None if there is none, or only half of one. A link may lead out of the run: it is none."""
     from PIL import Image
 
+    if path.is_symlink() or not path.is_file():
+        return None
     try:
         return _read(path, path.stat().st_mtime_ns)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises on a damaged file

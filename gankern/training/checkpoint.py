@@ -24,6 +24,10 @@ FORMAT = 2
 KEY = "gankern"  # of the metadata; one entry, as safetensors writes several in any order
 
 
+class Damaged(ValueError):
+    """A checkpoint whose bytes are not those that were written."""
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write the flat dict `state` of tensors of any device, and of all else that fits JSON. The same state gives the same bytes.
 
@@ -50,7 +54,8 @@ def load(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Any]:
     """What `save` was given, on the CPU; only the tensors whose names start with one of `prefixes`.
 
     Raises:
-        ValueError: the checkpoint is missing, damaged, or of another format.
+        Damaged: it is.
+        ValueError: it is missing, cannot be read, or is of another format.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -61,12 +66,12 @@ def load(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{OP}: {path} must be readable, got: {error.strerror or error}") from error
     except (ValueError, RecursionError, SafetensorError) as error:
-        raise ValueError(f"{OP}: {path} must be undamaged, got: {error}") from error
+        raise Damaged(f"{OP}: {path} must be undamaged, got: {error}") from error
     if not entry:
         checks.fail(ValueError, OP, str(path), "be written by gankern", "another safetensors file")
     total, text = entry[:8], entry[8:]
     if total != f"{zlib.crc32(text.encode()):08x}":
-        checks.fail(ValueError, OP, str(path), "be undamaged", "another checksum of what is no tensor")
+        checks.fail(Damaged, OP, str(path), "be undamaged", "another checksum of what is no tensor")
     try:
         content = json.loads(text)
         kind, rest, sums = content["format"], dict(content["state"]), dict(content["crc32"])
@@ -77,7 +82,7 @@ def load(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Any]:
     sums = {k: v for k, v in sums.items() if k.startswith(prefixes)}
     for key in sorted(sums.keys() | tensors.keys()):
         if key not in sums or key not in tensors or _crc(tensors[key]) != sums[key]:
-            checks.fail(ValueError, OP, str(path), "be undamaged", f"another checksum of {key}")
+            checks.fail(Damaged, OP, str(path), "be undamaged", f"another checksum of {key}")
     return rest | tensors
 
 
@@ -85,13 +90,13 @@ def load_newest(paths: Iterable[Path], prefixes: tuple[str, ...] = ("",)) -> tup
     """The first of `paths` (at least one) that is whole, what `load` gives of it, and why those before it were passed over.
 
     Raises:
-        ValueError: none is whole.
+        ValueError: all are damaged; or one before the first whole one cannot be read, or is of another format: it may be good.
     """
     damaged: list[str] = []
     for path in paths:
         try:
             return path, load(path, prefixes), damaged
-        except ValueError as error:
+        except Damaged as error:
             damaged.append(str(error))
     raise ValueError(damaged[0] if len(damaged) == 1 else f"{OP}: one of {len(damaged)} must be undamaged, got: {damaged[0]}")
 

@@ -187,7 +187,9 @@ def _few(v: Vitals, config: TrainConfig) -> float:
 
 def _swapped(a: Vitals, b: Vitals) -> float:
     """The total variation between their shares, in [0, 1]."""
-    return 0.0 if a.shares is None or b.shares is None else sum(abs(p - q) for p, q in zip(a.shares, b.shares, strict=True)) / 2
+    if a.shares is None or b.shares is None or len(a.shares) != len(b.shares):
+        return 0.0
+    return sum(abs(p - q) for p, q in zip(a.shares, b.shares, strict=True)) / 2
 
 
 def remedies(kind: str, c: TrainConfig) -> list[dict[str, Any]]:

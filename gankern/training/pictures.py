@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,17 +139,28 @@ def _shares(values: Tensor, edges: Tensor) -> Tensor:
 
 
 def animate(path: Path, frames: Sequence[Path]) -> None:
-    """Write pictures of one size as an endless GIF of about ten seconds, at most MOST_FRAMES of them, evenly taken; one palette."""
+    """Write PNG pictures as an endless GIF of about ten seconds, at most MOST_FRAMES of them, evenly taken; one palette.
+
+    What cannot be read, or has another size than the last one, is left out.
+    """
     from PIL import Image
 
     if len(frames) > MOST_FRAMES:
         frames = [frames[i] for i in torch.linspace(0, len(frames) - 1, MOST_FRAMES).long().tolist()]
-    ends = [Image.open(frame).convert("RGB") for frame in (frames[0], frames[-1])]
+    pictures: list[Image.Image] = []
+    for frame in reversed(frames):
+        with suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises on a damaged file
+            picture = Image.open(frame, formats=("PNG",))
+            if not pictures or picture.size == pictures[0].size:
+                pictures.insert(0, picture.convert("RGB"))
+    if not pictures:
+        return
+    ends = pictures[0], pictures[-1]
     palette = Image.new("RGB", (ends[0].width, 2 * ends[0].height))
     palette.paste(ends[0])
     palette.paste(ends[1], (0, ends[0].height))
     palette = palette.quantize(128, Image.Quantize.FASTOCTREE)
-    first, *rest = (Image.open(f).convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE) for f in frames)
-    pause = min(max(10_000 // len(frames), 60), 500)
+    first, *rest = (p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures)
+    pause = min(max(10_000 // len(pictures), 60), 500)
     with replacing(path) as temporary:
         first.save(temporary, "GIF", save_all=True, append_images=rest, duration=[*[pause] * len(rest), 2000], loop=0)

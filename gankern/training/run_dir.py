@@ -17,6 +17,8 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from gankern import checks
 from gankern.data import Table
 from gankern.training import checkpoint
@@ -119,7 +121,7 @@ class RunDir:
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, path) of every checkpoint, oldest first."""
         found = ((_CHECKPOINT.fullmatch(p.name), p) for p in self.path.iterdir())
-        return sorted((int(match[1]), p) for match, p in found if match)
+        return sorted((int(match[1]), p) for match, p in found if match and p.is_file())
 
     def save(self, state: dict[str, Any], keep: int, best: tuple[str, dict[str, float]] | None = None) -> Path:
         """Write a checkpoint of state["step"], after the logs, and remove all but the newest `keep` (0: none) and the best one.
@@ -158,12 +160,17 @@ class RunDir:
         """The rows of log.jsonl, or of another log; what a crash left unreadable is left out."""
         path = self.path / name
         rows = []
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
             with suppress(ValueError, RecursionError):
                 row = json.loads(line)
                 if isinstance(row, dict) and type(row.get("step")) is int:
                     rows.append(row)
         return rows
+
+    def numbers(self, name: str = LOG) -> list[dict[str, float]]:
+        """The finite numbers of each of `rows`."""
+        found = ({key: value for key, value in row.items() if is_number(value)} for row in self.rows(name))
+        return [row for row in found if "step" in row]
 
     def rewind(self, step: int) -> None:
         """Forget log rows, pictures and checkpoints after `step`, which the resumed run writes anew, and leavings of a crash."""
@@ -183,7 +190,12 @@ class RunDir:
     def fakes(self) -> list[tuple[int, Path]]:
         """(step, path) of every picture of generated samples, in order."""
         found = ((_FAKES.fullmatch(p.name), p) for p in self.path.iterdir())
-        return sorted((0 if match[1] == "_init" else int(match[1]), p) for match, p in found if match)
+        return sorted((0 if match[1] == "_init" else int(match[1]), p) for match, p in found if match and p.is_file())
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number of float32, as training has them; curves of larger ones cannot be drawn."""
+    return type(value) in (int, float) and abs(value) <= torch.finfo(torch.float32).max  # type: ignore[arg-type]
 
 
 def metric_log(name: str) -> str:
@@ -248,10 +260,10 @@ def read_facts(text: str, source: str) -> Facts:
 
 def _content(path: Path) -> dict[str, Any]:
     """What config.json of the run at `path` holds."""
+    if not (path / CONFIG).is_file():
+        checks.fail(ValueError, OP, str(path), f"be a run directory with a {CONFIG}", "none there")
     try:
         text = (path / CONFIG).read_text()
-    except OSError:
-        checks.fail(ValueError, OP, str(path), f"be a run directory with a {CONFIG}", "none there")
     except ValueError as error:
         checks.fail(ValueError, OP, str(path / CONFIG), "be JSON", str(error))
     return _parsed(text, str(path / CONFIG))

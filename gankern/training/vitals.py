@@ -15,6 +15,7 @@ from gankern.data import Dataset, to_float
 from gankern.metrics import judge_digits, nearest_neighbour_test
 from gankern.models import sample_latent
 from gankern.training.critics.energy import error
+from gankern.training.run_dir import is_number
 from gankern.training.trainer import Trainer, generate
 from gankern.training.views import coverage_of
 
@@ -54,6 +55,15 @@ class Vitals(NamedTuple):
     gap: float | None = None
     swing: float | None = None
 
+    @classmethod
+    def read(cls, row: dict[str, Any]) -> Vitals | None:
+        """Of a row of vitals.jsonl; None if it is none. What is no number, or has another name, is passed over."""
+        found: dict[str, Any] = {k: v for k, v in row.items() if k in cls._fields and is_number(v)}
+        shares = row.get("shares")
+        if isinstance(shares, list) and all(map(is_number, shares)):
+            found["shares"] = tuple(shares)
+        return cls(**found) if found.keys() >= {"step", "spread", "nn_real", "nn_fake"} else None
+
 
 class Examiner:
     """Measures a run between two of its steps: the generator as it is, without averaged weights, on latent vectors of its own.
@@ -82,6 +92,11 @@ class Examiner:
         self.scale = _mean_distance(self.points) if count > 1 else 0.0
         self.digits = self.real.shape[1:] == (1, 28, 28) and _are_digits(self.real)
         self.before: list[Tensor] = []
+
+    def go_on(self, before: list[Any]) -> None:
+        """After looks of another examiner of the run, whose `before` this was; of other data it is passed over."""
+        if all(isinstance(p, Tensor) and (p.shape, p.dtype) == (self.points.shape, self.points.dtype) for p in before):
+            self.before = [p.to(self.points.device) for p in before]
 
     @torch.no_grad()
     def look(self, rows: list[dict[str, float]] | None = None) -> Vitals | None:
