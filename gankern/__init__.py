@@ -1,5 +1,6 @@
 """gankern: a GAN engine for PyTorch whose hot path is custom kernels. Importing it compiles nothing and touches no GPU."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from gankern import nn
@@ -17,6 +18,7 @@ from gankern.ops.pairwise import minibatch_distance, minibatch_features, mmd2, p
 from gankern.regularizers import gradient_penalty
 
 if TYPE_CHECKING:
+    from gankern import data, losses, metrics, models, training
     from gankern.training.export import load_generator
 
 __version__ = "0.1.0"
@@ -28,6 +30,7 @@ __all__ = [
     "__version__",
     "bias_lrelu",
     "bn_lrelu",
+    "data",
     "fuse",
     "fusion_report",
     "gan_loss",
@@ -36,21 +39,27 @@ __all__ = [
     "interpolate",
     "linear_lrelu",
     "load_generator",
+    "losses",
+    "metrics",
     "minibatch_distance",
     "minibatch_features",
     "mlp_critic",
     "mlp_critic_generator",
     "mlp_critic_penalty",
     "mmd2",
+    "models",
     "nn",
     "pulling_away",
+    "training",
     "unfuse",
     "use_backend",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """load_generator brings the trainer along: imported when it is first asked for."""
+    """What `import gankern` leaves out is imported when it is first asked for; load_generator brings the trainer along."""
+    if name in ("data", "losses", "metrics", "models", "training"):
+        return importlib.import_module(f"gankern.{name}")
     if name == "load_generator":
         from gankern.training.export import load_generator
 

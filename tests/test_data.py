@@ -562,6 +562,8 @@ def test_batches_refusals() -> None:
         Batches(numbered(8), 9)
     with says(ValueError, "data: batch_size must be a finite number >= 1, got 0"):
         Batches(numbered(8), 0)
+    with says(TypeError, "data: data must be a gankern.data.Dataset, got Tensor"):
+        Batches(torch.zeros(4, 2), 2)  # type: ignore[arg-type]
     with says(TypeError, "data: batch_size must be an int, got float"):
         Batches(numbered(8), 4.0)  # type: ignore[arg-type]
     with says(ValueError, "data: seed must be a finite number >= 0, got -1"):

@@ -104,7 +104,7 @@ def test_a_run_beside_the_held_out_part_of_its_data(run: Path, capsys: Capture) 
             "modes": len(other.probabilities.argmax(1).unique()),
         }
         assert {key: got[name][key] for key in want} == pytest.approx(want, rel=1e-4, abs=1e-6)
-    assert got["metrics"].keys() == got["metrics_of_real"].keys() >= {*want, "kid_std", "is_std", "ms_ssim", "reverse_kl"}
+    assert got["metrics"].keys() == got["metrics_of_real"].keys() >= {*want, "is_std", "ms_ssim", "reverse_kl"}
 
 
 def test_the_training_part_is_what_the_run_was_trained_on(run: Path, capsys: Capture) -> None:
@@ -464,6 +464,7 @@ def test_other_inception_weights_are_refused(weights: Path, tmp_path: Path, monk
     [
         ([], "sources must be a run, or --real X --fake Y, or REAL FAKE, got none"),
         (["a.npz", "b.npz", "--real", "a.npz"], "sources must be a run, .*, or REAL FAKE, got a.npz b.npz --real a.npz"),
+        (["nowhere"], "run: nowhere must be a run directory or a checkpoint, got no such path"),
         (["a.npz"], "--real must name real samples, as a.npz is no run that knows its data, got none"),
         (["a.npz", "none.npz"], "data: source must be mnist, .*, got 'none.npz', which does not exist"),
         (["none.npz", "a.npz"], "data: source must be mnist, .*, got 'none.npz', which does not exist"),
@@ -496,6 +497,20 @@ def test_refusals(words: list[str], sentence: str, images: Path, capsys: Capture
     for name, header in (("one", "a,b"), ("two", "a,c")):
         np.savetxt(f"{name}.csv", np.random.default_rng(0).normal(size=(20, 2)), delimiter=",", header=header, comments="")
     assert re.fullmatch(f"{sentence}.*", refusal(capsys, *words))
+
+
+def test_a_checkpoint_is_judged_as_its_run_is(run: Path, capsys: Capture) -> None:
+    """By its own name, and by a link as RUN/best is."""
+    (saved,) = run.glob("checkpoint-*.safetensors")
+    link = run / "best"
+    link.symlink_to(saved.name)
+    try:
+        got = [report(capsys, str(name), "--n", "20", "--metrics", "fid,kid") for name in (run, saved, link)]
+    finally:
+        link.unlink()
+    assert got[0]["metrics"] == got[1]["metrics"] == got[2]["metrics"]
+    assert got[1]["fake"]["source"] == str(saved)
+    assert got[0]["metrics"].keys() == {"fid", "kid"}  # a subset that is all there is has no deviation
 
 
 def test_a_run_is_not_taken_for_real_samples(run: Path, capsys: Capture) -> None:

@@ -183,7 +183,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert main(["export", str(tmp_path / "nowhere")]) == 2
     assert "must be a run directory or a checkpoint" in capsys.readouterr().err
     assert main(["export", str(run), "--format", "pt2", "--out", "g.onnx"]) == 2
-    assert "--out must not end like another format than --format pt2, got 'g.onnx'" in capsys.readouterr().err
+    assert "--format must be onnx for --out g.onnx, got pt2" in capsys.readouterr().err
     assert not Path("g.onnx").exists()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["export", str(run), "--format", "onnx"]) == 2
@@ -210,13 +210,14 @@ def test_load_generator_refuses(tmp_path: Path) -> None:
 
     trained, path = finished(tmp_path, "gan", {}), tmp_path / "g.safetensors"
     export(trained, path, "safetensors")
-    content = path.read_bytes()
+    content, (checkpoint,) = path.read_bytes(), trained.run.path.glob("checkpoint-*")
     state = {key: value.clone() for key, value in trained.generator.state_dict().items()}
     facts = {"preset": "gan", "shape": [1, 6, 6], "settings": TrainConfig(**small.WIDTHS).to_json()}
     name, weight = next(iter(state.items()))
     for written, sentence in (
         (b"", "path must be an intact safetensors file"),
         (content[:-1], "path must be an intact safetensors file"),
+        (checkpoint.read_bytes(), "path must be a file of gankern export, got .*, a checkpoint: gankern export RUN writes one"),
         ((state, None), "path must be a file of gankern export, got .* whose metadata has no 'gankern'"),
         ((state, "{"), "must be JSON"),
         ((state, "[" * 100_000), "must be JSON"),
@@ -233,7 +234,9 @@ def test_load_generator_refuses(tmp_path: Path) -> None:
             save_file(written[0], path, None if written[1] is None else {KEY: written[1]})
         with pytest.raises(ValueError, match=sentence):
             gankern.load_generator(path)
-    with pytest.raises(ValueError, match=r"^load_generator: path must be a file, got .*nowhere, which is none$"):
+    with pytest.raises(
+        ValueError, match=r"^load_generator: path must be a file of gankern export, got .*nowhere, which is no file$"
+    ):
         gankern.load_generator(tmp_path / "nowhere")
 
 

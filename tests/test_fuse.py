@@ -590,6 +590,27 @@ class NotRead(Decorated):
     forward = decorated(lambda self, x: F.relu(self.fc(x)))
 
 
+class InPlace(Decorated):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        y = F.relu(y)
+        y += 1
+        return y
+
+
+class InPlaceLoop(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(7, 7), nn.ReLU()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for layer in self.layers:
+            y = layer(y)
+        y += 1
+        return y
+
+
 namespace: dict[str, Any] = {"F": F, "nn": nn}
 exec(
     "class NoSource(nn.Module):\n"
@@ -609,6 +630,8 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(9), nn.ReLU()), "it has not seen its first input yet"),
     "decorated": (Decorated, "Decorated.forward was not read: it is decorated"),
     "wrapped": (NotRead, "NotRead.forward was not read: "),
+    "in place": (InPlace, "InPlace.forward keeps its result in y, which it changes in place"),
+    "in place, loop": (InPlaceLoop, "InPlaceLoop.forward keeps its result in y, which it changes in place"),
     "no source": (namespace["NoSource"], "NoSource.forward was not read: its source cannot be read"),
     "alone": (lambda: nn.Linear(7, 9), "nothing calls it but you"),
     "transformer": (lambda: nn.TransformerEncoderLayer(8, 2, 16), "TransformerEncoderLayer.forward calls no LeakyReLU or ReLU on"),

@@ -135,3 +135,9 @@ def test_importing_gankern_is_light() -> None:
         for m in loaded
         if m == "CUDA" or m.startswith(heavy) or m.startswith(("gankern.triton", "gankern.training", "gankern.cli"))
     ] == []
+
+
+def test_every_public_name_is_an_attribute_of_the_package() -> None:
+    """gankern.losses.GANLoss and gankern.metrics.fid need no import of their own."""
+    names = "gankern.losses.GANLoss, gankern.metrics.fid, gankern.training.PRESETS, gankern.data.load, gankern.models.MLPGenerator"
+    run(f"import gankern; {names}; [getattr(gankern, name) for name in gankern.__all__]")

@@ -131,8 +131,9 @@ REFUSED: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         lambda: gankern.nn.spectral_norm_(nn.ReLU()),
         ValueError,
-        "network must have a layer with a 'weight' of two dimensions or more, got none",
+        "network must have a layer with a 'weight' of two dimensions or more, not yet parametrised, got none",
     ),
+    (lambda: gankern.nn.spectral_norm_("critic"), TypeError, "network must be a torch.nn.Module, got str"),  # type: ignore[arg-type]
 ]
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import gankern
 from gankern.losses import GANLoss
 from gankern.models import MLPDiscriminator, MLPGenerator, sample_latent
 from gankern.ops._objectives import OBJECTIVES
@@ -82,6 +83,12 @@ def test_loss_smooths_the_critics_labels_only() -> None:
 def test_loss_refuses(arguments: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=f"^{sentence}$"):
         GANLoss(**arguments)
+
+
+def test_loss_is_not_called_like_a_criterion() -> None:
+    sentence = r"what is called must be .discriminator\(real, fake\) or .generator\(fake\), got the module itself"
+    with pytest.raises(TypeError, match=f"^GANLoss: {sentence}$"):
+        GANLoss()(torch.zeros(2), torch.ones(2))
 
 
 def test_least_squares_with_both_choices_of_labels() -> None:
@@ -524,6 +531,47 @@ def test_gradients_are_clipped_to_a_norm() -> None:
 def test_step_refuses_a_batch_that_does_not_divide() -> None:
     with pytest.raises(ValueError, match=r"^Trainer: real must have a multiple of n_critic \(2\) samples, got 5$"):
         trainer(dataclasses.replace(SMALL, n_critic=2)).step(reals(5))
+
+
+@pytest.mark.parametrize(
+    ("real", "kind", "sentence"),
+    [
+        (torch.zeros(0, *SHAPE), ValueError, r"real must have a multiple of n_critic \(1\) samples, got 0"),
+        (torch.zeros(6, *SHAPE, dtype=torch.uint8), TypeError, "real must have dtype float32, got uint8"),
+        (torch.zeros(6, *SHAPE, dtype=torch.float64), TypeError, "real must have dtype float32, got float64"),
+        (torch.zeros(6, *SHAPE, device="meta"), ValueError, f"real must be on {DEVICE}.*, got meta"),
+        ([[0.0]], TypeError, "real must be a torch.Tensor, got list"),
+    ],
+    ids=["empty", "uint8", "float64", "device", "list"],
+)
+def test_step_refuses_what_is_no_batch(real: Any, kind: type[Exception], sentence: str) -> None:
+    with pytest.raises(kind, match=f"^Trainer: {sentence}$"):
+        trainer(SMALL).step(real)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"config": PRESETS["gan"]}, r"config must be a TrainConfig, as PRESETS\[name\].config is, got Preset"),
+        ({"generator": None}, "generator must be a torch.nn.Module, got NoneType"),
+        ({"discriminator": "dcgan"}, "discriminator must be a torch.nn.Module, got str"),
+    ],
+    ids=str,
+)
+def test_trainer_refuses_what_is_no_network_or_config(change: dict[str, Any], sentence: str) -> None:
+    arguments = dict(zip(("generator", "discriminator", "config"), (*networks(SMALL), SMALL), strict=True))
+    with pytest.raises(TypeError, match=f"^Trainer: {sentence}$"):
+        Trainer(**(arguments | change))
+
+
+def test_a_preset_from_python() -> None:
+    """The example of Trainer's docstring, at a small size."""
+    preset, data = PRESETS["wgan-gp"], gankern.data.load("mnist", limit=40)
+    config = dataclasses.replace(preset.config, batch_size=4, g_widths=(8,), d_widths=(8,))
+    t = Trainer(*preset.build(config, data.shape, len(data.classes)), config)
+    batches = gankern.data.Batches(data, config.n_critic * config.batch_size)
+    assert t.step(next(batches))["d_loss"].isfinite()
+    assert t.sample(t.noise(3)).shape == (3, 1, 28, 28)
 
 
 def test_adam_equals_that_of_pytorch(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ def refusing() -> Iterator[None]:
     """Turn what bad input raises into Refused. For the preparation of a command only: a fault in its work shows its traceback."""
     try:
         yield
+    except FileExistsError as error:  # of a directory that was to be made
+        raise Refused(f"{error.filename} must be a folder, got a file") from error
     except OSError as error:
         raise Refused(f"{error.strerror or error}: {error.filename}" if error.filename else str(error)) from error
     except (ValueError, TypeError, RuntimeError) as error:

@@ -83,6 +83,8 @@ def evaluate(options: Any) -> dict[str, Any]:
     real_name, fake_name = _sources(options)
     trained = Trained(Path(fake_name), options.weights) if _is_run(fake_name) else None
     if not real_name:
+        if trained is None and fake_name not in data.NAMES and not Path(fake_name).exists():
+            raise Refused(f"run: {fake_name} must be a run directory or a checkpoint, got no such path")
         if trained is None:
             raise Refused(f"--real must name real samples, as {fake_name} is no run that knows its data, got none")
         real_name = trained.run.config.data
@@ -143,8 +145,9 @@ def _sources(options: Any) -> tuple[str, str]:
 
 
 def _is_run(name: str) -> bool:
-    path = Path(name)
-    return path.is_dir() and ((path / CONFIG).is_file() or (path.resolve().parent / CONFIG).is_file())
+    """Whether it is a run directory or, as RUN/best is, one of its checkpoints."""
+    path = Path(name).resolve()
+    return (path / CONFIG).is_file() or (path.is_file() and path.suffix == ".safetensors" and (path.parent / CONFIG).is_file())
 
 
 class Drawn(NamedTuple):

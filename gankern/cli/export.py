@@ -30,7 +30,7 @@ def command(arguments: list[str]) -> int:
     with refusing():
         out = Path(options.out or f"generator.{options.format}")
         if out.suffix[1:] in FORMATS and out.suffix[1:] != options.format:
-            raise Refused(f"--out must not end like another format than --format {options.format}, got {options.out!r}")
+            raise Refused(f"--format must be {out.suffix[1:]} for --out {options.out}, got {options.format}")
         trained = Trained(Path(options.run), options.weights)
         card = export(trained, out, options.format)
     size = out.stat().st_size / 1e6

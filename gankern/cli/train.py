@@ -70,10 +70,11 @@ def flagged() -> Iterator[None]:
     try:
         yield
     except Refused as refusal:
-        sentence = str(refusal).removeprefix("train: ")
+        sentence = re.sub("^(train|data): ", "", str(refusal))
         name = sentence.partition(" must ")[0]
-        flag = f"--{name.replace('_', '-')}" if name in TrainConfig.__dataclass_fields__ else name
-        raise Refused(flag + sentence.removeprefix(name)) from None
+        if name in TrainConfig.__dataclass_fields__:
+            raise Refused(f"--{name.replace('_', '-')}{sentence.removeprefix(name)}") from None
+        raise Refused(str(refusal).removeprefix("train: ")) from None
 
 
 def list_presets(arguments: list[str]) -> int:
@@ -104,7 +105,10 @@ def parse(preset: str, arguments: list[str]) -> TrainConfig:
                 config = tyro.cli(TrainConfig, prog=prog, default=default, args=arguments)
             break
         except SystemExit:
-            words = unframed(complaint.getvalue()).rstrip(".").removeprefix("Error parsing TrainConfig: ")
+            text = re.sub(r"\x1b\[[0-9;]*m", "", complaint.getvalue())
+            words = unframed(text).rstrip(".").removeprefix("Error parsing TrainConfig: ")
+            meant = re.findall(r"^[│ ]*(--[a-z][\w-]*)", text.partition("Perhaps you meant")[2], re.MULTILINE)
+            words += f", perhaps {' or '.join(meant)} is meant" if meant else ""
         about = re.match(r"train: (?P<name>\w+) must (be [\w. ]+ with --(?P<flag>[\w-]+)(?P<why>.*), got )?", words)
         name, flag = about.group("name", "flag") if about else ("", None)
         if about and name not in typed:
@@ -130,8 +134,8 @@ def given(name: str, value: object) -> tuple[str, ...]:
 
 
 def unframed(complaint: str) -> str:
-    """The first part of tyro's complaint: a title, then parts between rules, drawn with or without boxes and colours."""
-    lines = [line.strip(" │") for line in re.sub(r"\x1b\[[0-9;]*m", "", complaint).splitlines()[1:]]
+    """The first part of tyro's complaint: a title, then parts between rules, drawn with or without boxes."""
+    lines = [line.strip(" │") for line in complaint.splitlines()[1:]]
     body = itertools.dropwhile(is_rule, lines)
     return " ".join(itertools.takewhile(lambda line: not is_rule(line), body))
 
@@ -164,7 +168,7 @@ def prepare(preset: str, config: TrainConfig, held: contextlib.ExitStack) -> Rea
         quality.check(config, dataset)
         needed = config.batch_size * config.n_critic
         if config.n_critic > 1 and needed > len(dataset):
-            words = f"batch_size * n_critic must be at most the {len(dataset)} {dataset.kind} of {dataset.name}"
+            words = f"--batch-size times --n-critic must be at most the {len(dataset)} {dataset.kind} of {dataset.name}"
             raise Refused(f"{words}, got {config.batch_size} * {config.n_critic} = {needed}")
         classes = count_classes(config, dataset, run)
         if run is not None and run.table != dataset.table:

@@ -37,6 +37,8 @@ class Batches:
     """
 
     def __init__(self, data: Dataset, batch_size: int, *, seed: int = 0, device: torch.device | str = "cpu") -> None:
+        if not isinstance(data, Dataset):
+            checks.fail(TypeError, OP, "data", "be a gankern.data.Dataset", type(data).__name__)
         checks.integer(OP, "batch_size", batch_size, 1)
         checks.integer(OP, "seed", seed, 0)
         if batch_size > len(data):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NoReturn
 
 from torch import Tensor, nn
 
@@ -48,6 +49,11 @@ class GANLoss(nn.Module):
     def relativistic(self) -> bool:
         """Whether `generator` needs the real logits too."""
         return OBJECTIVES[self.objective].relative != "no"
+
+    def forward(self, *logits: Tensor) -> NoReturn:
+        """Refused: logits do not tell whose loss is meant."""
+        wanted = "be .discriminator(real, fake) or .generator(fake)"
+        checks.fail(TypeError, "GANLoss", "what is called", wanted, "the module itself")
 
     def discriminator(self, real: Tensor, fake: Tensor) -> GanLoss:
         """The critic's loss from its logits of real and of fake samples, any shapes."""

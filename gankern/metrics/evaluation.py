@@ -12,7 +12,7 @@ from gankern import checks
 from gankern.data.dataset import Mixture
 from gankern.metrics.features import Seen
 from gankern.metrics.fid import fid
-from gankern.metrics.kid import kid
+from gankern.metrics.kid import kid, kid_full
 from gankern.metrics.modes import modes
 from gankern.metrics.neighbour_test import nearest_neighbour_test
 from gankern.metrics.prdc import prdc
@@ -75,8 +75,9 @@ def _fid(real: Samples, fake: Samples, law: Law, seed: int) -> dict[str, float]:
 
 
 def _kid(real: Samples, fake: Samples, law: Law, seed: int) -> dict[str, float]:
-    size = min(SUBSET, len(real.samples), len(fake.samples))
-    found = kid(real=real.seen.features, fake=fake.seen.features, subset_size=size, seed=seed)
+    if min(len(real.samples), len(fake.samples)) <= SUBSET:  # a subset is all there is, and varies by nothing
+        return {"kid": kid_full(real=real.seen.features, fake=fake.seen.features)}
+    found = kid(real=real.seen.features, fake=fake.seen.features, subset_size=SUBSET, seed=seed)
     return {"kid": found.mean, "kid_std": found.std}
 
 

@@ -83,6 +83,20 @@ def rewrite(function: Any) -> tuple[FunctionType, list[Site]]:
     return made, rewriter.sites
 
 
+def changed_in_place(function: Any, attribute: str) -> str:
+    """The variable in which a method that `rewrite` takes keeps what it makes of self.attribute, if it changes it in place."""
+    _, method = _parse(function)
+    rewriter = Rewriter(function)
+    rewriter.scan(method.body)
+    for s in ast.walk(method):
+        nodes = list(ast.walk(s)) if isinstance(s, (ast.Assign, ast.For)) else []
+        if any(isinstance(n, ast.Attribute) and n.attr == attribute for n in nodes):
+            kept = [n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and n.id in rewriter.mutated]
+            if kept:
+                return kept[0]
+    return ""
+
+
 def _parse(function: FunctionType) -> tuple[ast.Module, ast.FunctionDef]:
     """The source that the running code is compiled from, and the method in it."""
     try:

@@ -45,8 +45,9 @@ def fuse(model: Module, *, inplace: bool = False) -> Module:
 
     - ReLU after a linear layer or convolution in float16 is left to PyTorch: the sums overflow there, and of -inf the ops make NaN
       where ReLU makes 0 (in the other dtypes too, should a sum ever be -inf).
-    - A variable that a forward changes in place (x += y) is not fused into. Elsewhere (y = block(x); y += z) autograd may raise in
-      the backward pass, because it has kept y, as it does after nn.ReLU.
+    - A variable that a forward changes in place (x += y, as in torchvision's ResNet) is not fused into; where x = x + y is written,
+      it is. Elsewhere (y = block(x); y += z) autograd may raise in the backward pass, because it has kept y, as it does after
+      nn.ReLU.
     - Forwards are read from their source. One that cannot be read, or whose source is not what runs, is left; the report says so.
     - `unfuse` before torch.jit.script. A class made by fuse is pickled as the user's, and needs gankern to be loaded.
 
@@ -334,4 +335,6 @@ def _why_alone(layer: nn.Module, path: str, model: nn.Module) -> str:
             _rewrite.rewrite(function)
         except _rewrite.Refused as refused:
             return f"{cls.__name__}.{name} was not read: {refused}"
+        if variable := _rewrite.changed_in_place(function, path.rpartition(".")[2]):
+            return f"{cls.__name__}.{name} keeps its result in {variable}, which it changes in place"
     return f"{cls.__name__}.forward calls no LeakyReLU or ReLU on its result"

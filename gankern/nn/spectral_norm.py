@@ -113,11 +113,14 @@ def spectral_norm_(network: nn.Module, name: str = "weight", n_power_iterations:
 
     Raises:
         ValueError: no layer has such a parameter, or a number is out of range.
-        TypeError: a weight's dtype is none of float64, float32, bfloat16 and float16.
+        TypeError: a weight's dtype is none of float64, float32, bfloat16 and float16; network is no torch.nn.Module.
     """
+    if not isinstance(network, nn.Module):
+        checks.fail(TypeError, "spectral_norm_", "network", "be a torch.nn.Module", type(network).__name__)
     layers = [m for m in network.modules() if (w := m._parameters.get(name)) is not None and w.dim() > 1]
     if not layers:
-        checks.fail(ValueError, "spectral_norm_", "network", f"have a layer with a {name!r} of two dimensions or more", "none")
+        wanted = f"have a layer with a {name!r} of two dimensions or more, not yet parametrised"
+        checks.fail(ValueError, "spectral_norm_", "network", wanted, "none")
     group = _Group([(layer, name, _register(layer, name, n_power_iterations, eps, None)) for layer in layers])
     network.register_forward_pre_hook(group.begin)
     network.register_forward_hook(group.end, always_call=True)

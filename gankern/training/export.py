@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,8 +74,9 @@ def load_generator(path: str | os.PathLike[str]) -> Generator:
     except ImportError:
         raise RuntimeError('load_generator: safetensors must be installed, got none (pip install "gankern[train]")') from None
     op, path = "load_generator", Path(path)
+    wanted = "be a file of gankern export"
     if not path.is_file():
-        checks.fail(ValueError, op, "path", "be a file", f"{path}, which is none")
+        checks.fail(ValueError, op, "path", wanted, f"{path}, which is no file")
     try:
         with safe_open(path, framework="pt") as file:
             content = (file.metadata() or {}).get(KEY)
@@ -82,7 +84,9 @@ def load_generator(path: str | os.PathLike[str]) -> Generator:
     except (OSError, SafetensorError) as error:
         checks.fail(ValueError, op, "path", "be an intact safetensors file", f"{path}: {error}")
     if content is None:
-        checks.fail(ValueError, op, "path", "be a file of gankern export", f"{path}, whose metadata has no {KEY!r}")
+        checks.fail(ValueError, op, "path", wanted, f"{path}, whose metadata has no {KEY!r}")
+    if re.match(r"[0-9a-f]{8}\{", content):
+        checks.fail(ValueError, op, "path", wanted, f"{path}, a checkpoint: gankern export RUN writes one")
     facts = read_facts(content, str(path))
     return Generator(build(facts.config, facts.shape, facts.classes, state), facts.config, facts.shape, facts.classes, facts.table)
 

@@ -29,6 +29,14 @@ class Trainer:
     through the updated critic. The critic's updates build no generator graph, the generator's update computes no critic weight
     gradient, and an MLP critic is driven by the one-pass critic, with its penalty, instead of by autograd.
 
+        preset, data = PRESETS["wgan-gp"], gankern.data.load("mnist")
+        config = dataclasses.replace(preset.config, lr_d=2e-4)
+        trainer = Trainer(*preset.build(config, data.shape, len(data.classes)), config)
+        batches = gankern.data.Batches(data, config.n_critic * config.batch_size)
+        for _ in range(1000):
+            losses = trainer.step(next(batches))              # of a conditional preset: trainer.step(*batches.with_labels())
+        images = trainer.sample(trainer.noise(64))            # float32 [64, 1, 28, 28] in [-1, 1]
+
     Args:
         generator: z [B, z_dim] (and classes [B]) -> samples [B, ...].
         discriminator: samples (and classes) -> logits, one a sample or a pack. With `layers`, an nn.Sequential that
@@ -45,6 +53,10 @@ class Trainer:
 
     Random numbers: z and the penalty's points come from `self.rng`, seeded with config.seed + 1; dropout from PyTorch's default
     generator. Both are in `state_dict`, so that a resumed run repeats an uninterrupted one, on the CPU bit for bit.
+
+    Raises:
+        TypeError: a network that is no module, settings that are no TrainConfig.
+        ValueError: a precision that the device does not have, a discriminator that does not give what the objective needs.
     """
 
     def __init__(
@@ -56,6 +68,11 @@ class Trainer:
         one_pass: bool | None = None,
         capturable: bool | None = None,
     ) -> None:
+        for name, network in (("generator", generator), ("discriminator", discriminator)):
+            if not isinstance(network, nn.Module):
+                checks.fail(TypeError, OP, name, "be a torch.nn.Module", type(network).__name__)
+        if not isinstance(config, TrainConfig):
+            checks.fail(TypeError, OP, "config", "be a TrainConfig, as PRESETS[name].config is", type(config).__name__)
         self.device = torch.device(device)
         precision.check(config.precision, self.device)
         self.config = config
@@ -89,10 +106,16 @@ class Trainer:
             d_real and d_fake are D(x) and D(G(z)), or the energies or features' statistics that gankern.training.critics has.
 
         Raises:
-            ValueError: real is no multiple of n_critic samples.
+            ValueError: real is no multiple of n_critic samples, or on another device.
+            TypeError: real is no tensor, or of another dtype.
         """
         n = self.config.n_critic
-        if len(real) % n:
+        checks.tensor(OP, "real", real)
+        weight = self.opt_g.parameters[0]
+        if real.dtype != torch.float32:  # unless the networks are of another dtype
+            checks.same_dtype(OP, "real", real, weight.dtype)
+        checks.same_device(OP, "real", real, weight.device)
+        if not len(real) or len(real) % n:
             checks.fail(ValueError, OP, "real", f"have a multiple of n_critic ({n}) samples", len(real))
         noise = distributed.draw(self.noise, len(real), n)
         *early, (z, *last) = zip(*(t.chunk(n) for t in (noise, real, *labels)), strict=True)
