@@ -292,7 +292,10 @@ def draw_spectral_norm(draw: Draw) -> Arguments:
             )
         dims.append(dim)
     iterations = s.one_of(0, 1, 2)
-    assume(iterations or not any(w.double().sum().abs() < 0.1 for w in weights))  # u'Wv of what cancels
+    for w, dim in zip(weights, dims, strict=True):
+        start = w.double().movedim(dim, 0).flatten(1).sum(1)  # W v but for a factor
+        assume(not start.norm() < 0.1)  # of what cancels no direction is left
+        assume(iterations or not start.sum().abs() < 0.1)
     return {"weights": weights, "u": us, "v": vs, "dims": dims, "iterations": iterations, "eps": 1e-12}
 
 
