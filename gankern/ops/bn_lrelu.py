@@ -38,7 +38,7 @@ from gankern.ops._layout import accumulate
 
 OP = "bn_lrelu"
 _INFINITY, _LARGEST, _batch_norm, _cudnn = math.inf, sys.float_info.max, torch.batch_norm, torch._C._get_cudnn_enabled
-_NUMBER = (float, int)
+_NUMBER, _UNIT = (float, int), (1,)
 SMALL = 2**16  # elements up to which PyTorch's own calls are the automatic choice on the CPU: see `_choose`
 
 
@@ -138,22 +138,22 @@ def bn_lrelu(
     """
     if backend.automatic() and getattr(x, "is_cpu", False) and x.numel() <= SMALL:
         try:
-            channels, dtype, flat = x.size(1), x.dtype, (running_mean is None) == (running_var is None)
-            for t in (weight, bias, running_mean, running_var):  # batch_norm takes others too
-                if t is not None:
-                    flat = flat and t.dim() == 1 and t.size(0) == channels and t.is_cpu
-                    flat = flat and (t.dtype == dtype or (t.dtype == torch.float32 and dtype.itemsize == 2))
-            if running_mean is not None and running_var is not None:
-                flat = flat and not (running_mean.requires_grad or running_var.requires_grad)
+            # batch_norm takes others too, and reads the gaps of a slice
+            flat = (weight is None or weight.stride() == _UNIT) and (bias is None or bias.stride() == _UNIT)
+            if running_mean is None or running_var is None:
+                flat = flat and running_mean is running_var
+            else:
+                flat = flat and running_mean.stride() == _UNIT and running_var.stride() == _UNIT
+                flat = flat and running_mean.is_floating_point() and running_var.is_floating_point()
             flat = (
                 flat
-                and dtype in checks.FLOATING
+                and x.dtype in checks.FLOATING
                 and type(momentum) in _NUMBER
                 and -_LARGEST <= momentum <= _LARGEST
                 and type(eps) in _NUMBER
                 and type(negative_slope) in _NUMBER
             )
-            if flat and x.dim() >= 2 and x.numel() != x.size(1) and 0.0 <= negative_slope < _INFINITY and 0.0 <= eps < _INFINITY:
+            if flat and x.dim() >= 2 and x.numel() > x.size(1) > 1 and 0.0 <= negative_slope < _INFINITY and 0.0 <= eps < _INFINITY:
                 return _native(x, running_mean, running_var, weight, bias, training, momentum, eps, negative_slope)
         except Exception:
             pass  # most bad input comes here; below, the checks name it, or the same call raises again
@@ -162,7 +162,7 @@ def bn_lrelu(
     name = _choose(x) if name is None else backend.require(OP, name, x.device.type)
     slope = float(negative_slope)
     if name == "reference":
-        plain = _native if backend.automatic() else reference
+        plain = _native if backend.automatic() and _readable(weight, bias, running_mean, running_var) else reference
         return plain(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
     dtype = accumulate(x.dtype)
     weight, bias = (t if t is None else t.to(dtype) for t in (weight, bias))
@@ -193,6 +193,17 @@ def _choose(x: Tensor) -> str:
     return next((name for name in ("compiled", "triton") if not backend.problem(name, x.device.type)), "reference")
 
 
+def _readable(*given: Tensor | None) -> bool:
+    """Whether PyTorch's batch_norm reads them right: it refuses different dtypes, and reads the gaps of a slice."""
+    dtype = None
+    for t in given:
+        if t is not None:
+            dtype = t.dtype if dtype is None else dtype
+            if t.dtype != dtype or not t.is_contiguous():
+                return False
+    return True
+
+
 def _native(
     x: Tensor,
     running_mean: Tensor | None,
@@ -209,14 +220,6 @@ def _native(
         return leaky_relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), slope)
     if x.numel() == 0:  # which PyTorch's own refuses without channels
         return reference(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
-    first: Tensor | None = None
-    for t in (weight, bias, running_mean, running_var):
-        if t is not None:
-            first = t if first is None else first
-            if (
-                t.dtype != first.dtype or not t.is_contiguous()
-            ):  # it refuses the ones; of the others its CPU backward reads the gaps
-                return reference(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
     if weight is None and bias is not None:  # its double backward would lose the derivative of the gradient of bias
         return reference(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
     if not training:
