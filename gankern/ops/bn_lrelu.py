@@ -39,6 +39,7 @@ from gankern.ops._layout import accumulate
 OP = "bn_lrelu"
 _INFINITY, _LARGEST, _batch_norm, _cudnn = math.inf, sys.float_info.max, torch.batch_norm, torch._C._get_cudnn_enabled
 _NUMBER, _UNIT = (float, int), (1,)
+_KINDS = {d: (d, torch.float32) if d.itemsize == 2 else (d,) for d in checks.FLOATING}  # of x: those of averages and parameters
 SMALL = 2**16  # elements up to which PyTorch's own calls are the automatic choice on the CPU: see `_choose`
 
 
@@ -138,16 +139,17 @@ def bn_lrelu(
     """
     if backend.automatic() and getattr(x, "is_cpu", False) and x.numel() <= SMALL:
         try:
+            kinds = _KINDS[x.dtype]
             # batch_norm takes others too, and reads the gaps of a slice
-            flat = (weight is None or weight.stride() == _UNIT) and (bias is None or bias.stride() == _UNIT)
+            flat = weight is None or (weight.stride() == _UNIT and weight.dtype in kinds)
+            flat = flat and (bias is None or (bias.stride() == _UNIT and bias.dtype in kinds))
             if running_mean is None or running_var is None:
                 flat = flat and running_mean is running_var
             else:
                 flat = flat and running_mean.stride() == _UNIT and running_var.stride() == _UNIT
-                flat = flat and running_mean.is_floating_point() and running_var.is_floating_point()
+                flat = flat and running_mean.dtype in kinds and running_var.dtype in kinds
             flat = (
                 flat
-                and x.dtype in checks.FLOATING
                 and type(momentum) in _NUMBER
                 and -_LARGEST <= momentum <= _LARGEST
                 and type(eps) in _NUMBER

@@ -578,6 +578,12 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         "weight must have dtype bfloat16 or float32, got float16",
     ),
     "weight elsewhere": (X, {"weight": C.to("meta")}, ValueError, "weight must be on cpu, got meta"),
+    "bias is integer, x with gaps": (
+        torch.zeros(2, 6)[:, ::2],
+        {"bias": C.long()},
+        TypeError,
+        "bias must have dtype float32, got int64",
+    ),
     "bias does not fit": (X, {"bias": torch.ones(1, 3)}, ValueError, "bias must have shape [3], got [1, 3]"),
     "running_mean does not fit": (
         X,
@@ -604,6 +610,18 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         "running_var must have shape [1], got [0]",
     ),
     "average elsewhere": (X, {"running_mean": C.to("meta"), "running_var": C}, ValueError, "running_mean must be on cpu, got meta"),
+    "average has another dtype": (
+        X.double(),
+        {"running_mean": C, "running_var": C.double()},
+        TypeError,
+        "running_mean must have dtype float64, got float32",
+    ),
+    "averages have another dtype": (
+        X.double(),
+        {"running_mean": C, "running_var": C},
+        TypeError,
+        "running_mean must have dtype float64, got float32",
+    ),
     "momentum is infinite": (X, {"momentum": math.inf}, ValueError, "momentum must be a finite number, got inf"),
     "momentum beyond any float": (X, {"momentum": 10**400}, ValueError, f"momentum must be a finite number, got {10**400}"),
     "no averages": (X, {"training": False}, ValueError, "running_mean must be given when training is False, got None"),
