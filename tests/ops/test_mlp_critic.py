@@ -678,9 +678,9 @@ def test_the_pass_refuses_what_does_not_fit(sentence: str, changes: dict[str, An
         torch.ops.gankern.mlp_critic_pass(*pass_arguments(**changes))
 
 
-def test_labels_and_halves_are_checked_as_gan_loss_does(backend: str) -> None:
+def test_labels_and_halves_are_checked(backend: str) -> None:
     real, fake, weights, biases = critic()
-    with pytest.raises(ValueError, match=r"^gan_loss: fake must have as many logits as real, 6, to pair with, got 5$"):
+    with pytest.raises(ValueError, match=r"^mlp_critic: fake must have 6 samples, as real, to pair with, got 5$"):
         gankern.mlp_critic(real, fake[:5], weights, biases, objective="relativistic")
     with pytest.raises(ValueError, match=r"^gan_loss: real_label must have one value for each of 6 logits, got 4$"):
         gankern.mlp_critic(real, fake, weights, biases, real_label=torch.ones(4, device=DEVICE))
