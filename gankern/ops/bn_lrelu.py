@@ -142,7 +142,7 @@ def bn_lrelu(
             kinds = _KINDS[x.dtype]
             # batch_norm takes others too, and reads the gaps of a slice
             flat = weight is None or (weight.stride() == _UNIT and weight.dtype in kinds)
-            flat = flat and (bias is None or (bias.stride() == _UNIT and bias.dtype in kinds))
+            flat = flat and (bias is None or (weight is not None and bias.stride() == _UNIT and bias.dtype in kinds))
             if running_mean is None or running_var is None:
                 flat = flat and running_mean is running_var
             else:

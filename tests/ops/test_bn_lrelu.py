@@ -584,6 +584,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         TypeError,
         "bias must have dtype float32, got int64",
     ),
+    "bias alone does not fit": (X, {"bias": C[:1]}, ValueError, "bias must have shape [3], got [1]"),
     "bias does not fit": (X, {"bias": torch.ones(1, 3)}, ValueError, "bias must have shape [3], got [1, 3]"),
     "running_mean does not fit": (
         X,
