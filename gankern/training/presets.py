@@ -168,7 +168,7 @@ PRESETS = {
     "vae-gan": Preset(
         "an encoder besides: the generator also restores real images from their codes, convolutional",
         "Larsen et al. 2016",
-        "smooth digits, each class there",
+        "smooth digits",
         TrainConfig(**_DCGAN, reconstruction=0.005, reconstruct="features", kl=0.01),
     ),
     "unrolled": Preset(
