@@ -130,7 +130,8 @@ def bn_lrelu(
         [B, C, *], the dtype of x.
 
     Raises:
-        ValueError: a shape, device or range that does not fit; one value a channel in training mode.
+        ValueError: a shape, device or range that does not fit; one value a channel in training mode; a running average that
+            requires a gradient.
         TypeError: a dtype that is not supported.
         RuntimeError: a backend was forced that cannot run here.
 

@@ -75,7 +75,7 @@ def spectral_norm(
         v: n tensors, the i-th as long as all other dimensions of weights[i] together.
         dims: the dimension of each weight that counts its outputs, >= 0.
         iterations: of the power method before sigma is taken, >= 0; 0 leaves u and v as they are.
-        eps: lower bound of the norms that u and v are divided by, >= 0.
+        eps: lower bound of the norms that u and v are divided by, >= 0, a number that their dtype has.
 
     Returns:
         n tensors of the weights' shapes.

@@ -26,6 +26,7 @@ from gankern.training.config import TrainConfig
 from gankern.training.files import TEMPORARY, locked, named, replacing, sync
 
 OP = "run"
+LARGEST = torch.finfo(torch.float32).max
 CONFIG, LOG, MODES, BEST = "config.json", "log.jsonl", "modes.jsonl", "best"
 HEALTH, VITALS = "health.jsonl", "vitals.jsonl"
 _RUN = re.compile(r"(\d{5,})-")
@@ -195,7 +196,7 @@ class RunDir:
 
 def is_number(value: object) -> bool:
     """Whether it is a finite number of float32, as training has them; curves of larger ones cannot be drawn."""
-    return type(value) in (int, float) and abs(value) <= torch.finfo(torch.float32).max  # type: ignore[arg-type]
+    return type(value) in (int, float) and abs(value) <= LARGEST  # type: ignore[arg-type]
 
 
 def metric_log(name: str) -> str:

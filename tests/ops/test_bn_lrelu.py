@@ -375,7 +375,7 @@ def test_strided_parameters_and_averages_of_the_automatic_choice(strided: int, t
     torch.testing.assert_close(gradients(gankern.bn_lrelu, *spoiled), gradients(definition, *contiguous))
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU")
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU kernels of PyTorch")
 def test_strided_weight_of_eager_is_misread() -> None:
     """Why the automatic choice does not give them to PyTorch's batch_norm. When this fails, PyTorch has been mended."""
     x, w, _ = make((6, 3))
